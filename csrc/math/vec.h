@@ -1,0 +1,411 @@
+#pragma once
+
+// Sixteen lanes, whatever the registers: one zmm, two ymm or four xmm. A kernel written on Pack runs
+// the same operations in the same order on every instruction set, so its results are bit-equal. The
+// free functions are also defined for plain float and double: the device instantiates those.
+
+#include "half.h"
+
+#if defined(__CUDA_ARCH__) || defined(__CUDACC__)
+#include <cmath>
+#elif defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+HALFSTEP_MATH_BEGIN
+
+// ---- scalars -----------------------------------------------------------------------------------
+HALFSTEP_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+HALFSTEP_FN double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+HALFSTEP_FN float sqrt(float a) { return __builtin_sqrtf(a); }
+HALFSTEP_FN double sqrt(double a) { return __builtin_sqrt(a); }
+HALFSTEP_FN float abs(float a) { return __builtin_fabsf(a); }
+HALFSTEP_FN double abs(double a) { return __builtin_fabs(a); }
+HALFSTEP_FN float select(bool mask, float a, float b) { return mask ? a : b; }
+HALFSTEP_FN double select(bool mask, double a, double b) { return mask ? a : b; }
+HALFSTEP_FN int32_t select(bool mask, int32_t a, int32_t b) { return mask ? a : b; }
+HALFSTEP_FN int32_t to_bits(float a) { return bit_cast<int32_t>(a); }
+HALFSTEP_FN float from_bits(int32_t a) { return bit_cast<float>(a); }
+HALFSTEP_FN int32_t round_to_int(float a) {
+#if defined(__CUDA_ARCH__)
+  return __float2int_rn(a);
+#else
+  return a == a ? int32_t(__builtin_rintf(a)) : INT32_MIN;
+#endif
+}
+HALFSTEP_FN float to_float(int32_t a) { return float(a); }
+HALFSTEP_FN int64_t count(bool mask) { return mask; }
+HALFSTEP_FN bool any(bool mask) { return mask; }
+
+template <class V>
+struct Traits {  // float, double
+  using Scalar = V;
+  using Mask = bool;
+  static constexpr int kWidth = 1;
+};
+
+#if !defined(__CUDACC__)
+// ---- sixteen lanes -----------------------------------------------------------------------------
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX2__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+
+template <class T>
+struct Pack {
+  typedef T Native __attribute__((vector_size(kRegister)));
+  static constexpr int kPieces = int(kLanes * sizeof(T)) / kRegister;
+  Native piece[kPieces];
+};
+using F32 = Pack<float>;
+using F64 = Pack<double>;
+using I32 = Pack<int32_t>;
+using I64 = Pack<int64_t>;
+
+template <class T>
+struct MaskOf;
+template <>
+struct MaskOf<float> {
+  using Type = I32;
+};
+template <>
+struct MaskOf<int32_t> {
+  using Type = I32;
+};
+template <>
+struct MaskOf<double> {
+  using Type = I64;
+};
+template <class T>
+using Mask = typename MaskOf<T>::Type;
+
+template <class T>
+struct Traits<Pack<T>> {
+  using Scalar = T;
+  using Mask = typename MaskOf<T>::Type;
+  static constexpr int kWidth = kLanes;
+};
+
+#define HALFSTEP_PIECES for (int k = 0; k < Pack<T>::kPieces; ++k)
+template <class T>
+HALFSTEP_FN Pack<T> operator+(Pack<T> a, const Pack<T>& b) {
+  HALFSTEP_PIECES a.piece[k] += b.piece[k];
+  return a;
+}
+template <class T>
+HALFSTEP_FN Pack<T> operator-(Pack<T> a, const Pack<T>& b) {
+  HALFSTEP_PIECES a.piece[k] -= b.piece[k];
+  return a;
+}
+template <class T>
+HALFSTEP_FN Pack<T> operator*(Pack<T> a, const Pack<T>& b) {
+  HALFSTEP_PIECES a.piece[k] *= b.piece[k];
+  return a;
+}
+template <class T>
+HALFSTEP_FN Pack<T> operator/(Pack<T> a, const Pack<T>& b) {
+  HALFSTEP_PIECES a.piece[k] /= b.piece[k];
+  return a;
+}
+template <class T>
+HALFSTEP_FN Pack<T> operator&(Pack<T> a, const Pack<T>& b) {
+  HALFSTEP_PIECES a.piece[k] &= b.piece[k];
+  return a;
+}
+template <class T>
+HALFSTEP_FN Pack<T> operator|(Pack<T> a, const Pack<T>& b) {
+  HALFSTEP_PIECES a.piece[k] |= b.piece[k];
+  return a;
+}
+template <class T>
+HALFSTEP_FN Pack<T> operator<<(Pack<T> a, int bits) {
+  HALFSTEP_PIECES a.piece[k] <<= bits;
+  return a;
+}
+/// Arithmetic (sign-extending) shift.
+template <class T>
+HALFSTEP_FN Pack<T> operator>>(Pack<T> a, int bits) {
+  HALFSTEP_PIECES a.piece[k] >>= bits;
+  return a;
+}
+template <class T>
+HALFSTEP_FN Mask<T> operator>=(const Pack<T>& a, const Pack<T>& b) {
+  Mask<T> mask;
+  HALFSTEP_PIECES mask.piece[k] = a.piece[k] >= b.piece[k];
+  return mask;
+}
+template <class T>
+HALFSTEP_FN Mask<T> operator==(const Pack<T>& a, const Pack<T>& b) {
+  Mask<T> mask;
+  HALFSTEP_PIECES mask.piece[k] = a.piece[k] == b.piece[k];
+  return mask;
+}
+template <class T>
+HALFSTEP_FN Mask<T> operator!=(const Pack<T>& a, const Pack<T>& b) {
+  Mask<T> mask;
+  HALFSTEP_PIECES mask.piece[k] = a.piece[k] != b.piece[k];
+  return mask;
+}
+template <class T>
+HALFSTEP_FN Pack<T> select(const Mask<T>& mask, Pack<T> a, const Pack<T>& b) {
+  HALFSTEP_PIECES a.piece[k] = mask.piece[k] ? a.piece[k] : b.piece[k];
+  return a;
+}
+template <class T>
+HALFSTEP_FN int64_t count(const Pack<T>& mask) {
+  int64_t total = 0;
+  for (int k = 0; k < Pack<T>::kPieces; ++k)
+    for (int i = 0; i < int(kRegister / sizeof(T)); ++i) total -= mask.piece[k][i];
+  return total;
+}
+template <class T>
+HALFSTEP_FN bool any(const Pack<T>& mask) {
+  typename Pack<T>::Native all = mask.piece[0];
+  for (int k = 1; k < Pack<T>::kPieces; ++k) all |= mask.piece[k];
+  bool found = false;
+  for (int i = 0; i < int(kRegister / sizeof(T)); ++i) found |= all[i] != 0;
+  return found;
+}
+template <class T>
+HALFSTEP_FN Pack<T> load_lanes(const T* from) {
+  Pack<T> a;
+  __builtin_memcpy(&a, from, sizeof(a));
+  return a;
+}
+template <class T>
+HALFSTEP_FN void store_lanes(T* to, const Pack<T>& a) {
+  __builtin_memcpy(to, &a, sizeof(a));
+}
+#undef HALFSTEP_PIECES
+
+HALFSTEP_FN I32 to_bits(const F32& a) { return __builtin_bit_cast(I32, a); }
+HALFSTEP_FN F32 from_bits(const I32& a) { return __builtin_bit_cast(F32, a); }
+HALFSTEP_FN I64 to_bits(const F64& a) { return __builtin_bit_cast(I64, a); }
+HALFSTEP_FN F64 from_bits(const I64& a) { return __builtin_bit_cast(F64, a); }
+
+template <class V>
+HALFSTEP_FN V broadcast(typename Traits<V>::Scalar x) {
+  if constexpr (Traits<V>::kWidth == 1) {
+    return x;
+  } else {
+    V a;
+    for (auto& piece : a.piece) piece = x - typename V::Native{};
+    return a;
+  }
+}
+HALFSTEP_FN F32 abs(const F32& a) { return from_bits(to_bits(a) & broadcast<I32>(0x7fffffff)); }
+HALFSTEP_FN F64 abs(const F64& a) {
+  return from_bits(to_bits(a) & broadcast<I64>(0x7fffffffffffffff));
+}
+
+HALFSTEP_FN F32 fma(const F32& a, const F32& b, const F32& c) {
+  F32 r;
+  for (int k = 0; k < F32::kPieces; ++k) {
+#if defined(__AVX512F__)
+    r.piece[k] = _mm512_fmadd_ps(a.piece[k], b.piece[k], c.piece[k]);
+#elif defined(__AVX2__)
+    r.piece[k] = _mm256_fmadd_ps(a.piece[k], b.piece[k], c.piece[k]);
+#else
+    for (int i = 0; i < 4; ++i)
+      r.piece[k][i] = __builtin_fmaf(a.piece[k][i], b.piece[k][i], c.piece[k][i]);
+#endif
+  }
+  return r;
+}
+HALFSTEP_FN F64 fma(const F64& a, const F64& b, const F64& c) {
+  F64 r;
+  for (int k = 0; k < F64::kPieces; ++k) {
+#if defined(__AVX512F__)
+    r.piece[k] = _mm512_fmadd_pd(a.piece[k], b.piece[k], c.piece[k]);
+#elif defined(__AVX2__)
+    r.piece[k] = _mm256_fmadd_pd(a.piece[k], b.piece[k], c.piece[k]);
+#else
+    for (int i = 0; i < 2; ++i)
+      r.piece[k][i] = __builtin_fma(a.piece[k][i], b.piece[k][i], c.piece[k][i]);
+#endif
+  }
+  return r;
+}
+HALFSTEP_FN F32 sqrt(const F32& a) {
+  F32 r;
+  for (int k = 0; k < F32::kPieces; ++k) {
+#if defined(__AVX512F__)
+    r.piece[k] = _mm512_sqrt_ps(a.piece[k]);
+#elif defined(__AVX2__)
+    r.piece[k] = _mm256_sqrt_ps(a.piece[k]);
+#else
+    for (int i = 0; i < 4; ++i) r.piece[k][i] = __builtin_sqrtf(a.piece[k][i]);
+#endif
+  }
+  return r;
+}
+HALFSTEP_FN F64 sqrt(const F64& a) {
+  F64 r;
+  for (int k = 0; k < F64::kPieces; ++k) {
+#if defined(__AVX512F__)
+    r.piece[k] = _mm512_sqrt_pd(a.piece[k]);
+#elif defined(__AVX2__)
+    r.piece[k] = _mm256_sqrt_pd(a.piece[k]);
+#else
+    for (int i = 0; i < 2; ++i) r.piece[k][i] = __builtin_sqrt(a.piece[k][i]);
+#endif
+  }
+  return r;
+}
+/// Nearest even; NaN gives INT32_MIN.
+HALFSTEP_FN I32 round_to_int(const F32& a) {
+  I32 r;
+  for (int k = 0; k < F32::kPieces; ++k) {
+#if defined(__AVX512F__)
+    r.piece[k] = (I32::Native)_mm512_cvtps_epi32(a.piece[k]);
+#elif defined(__AVX2__)
+    r.piece[k] = (I32::Native)_mm256_cvtps_epi32(a.piece[k]);
+#else
+    for (int i = 0; i < 4; ++i) r.piece[k][i] = round_to_int(float(a.piece[k][i]));
+#endif
+  }
+  return r;
+}
+HALFSTEP_FN F32 to_float(const I32& a) {
+  F32 r;
+  for (int k = 0; k < F32::kPieces; ++k)
+    r.piece[k] = __builtin_convertvector(a.piece[k], F32::Native);
+  return r;
+}
+
+HALFSTEP_FN F64 to_double(const F32& a) {
+  F64 r;
+  for (int k = 0; k < F32::kPieces; ++k) {
+#if defined(__AVX512F__)
+    r.piece[2 * k] = _mm512_cvtps_pd(_mm512_castps512_ps256(a.piece[k]));
+    r.piece[2 * k + 1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.piece[k], 1));
+#elif defined(__AVX2__)
+    r.piece[2 * k] = _mm256_cvtps_pd(_mm256_castps256_ps128(a.piece[k]));
+    r.piece[2 * k + 1] = _mm256_cvtps_pd(_mm256_extractf128_ps(a.piece[k], 1));
+#else
+    for (int i = 0; i < 4; ++i) r.piece[2 * k + i / 2][i % 2] = a.piece[k][i];
+#endif
+  }
+  return r;
+}
+HALFSTEP_FN F32 to_single(const F64& a) {
+  float lanes[kLanes];
+  for (int k = 0; k < F64::kPieces; ++k)
+    for (int i = 0; i < int(kRegister / 8); ++i)
+      lanes[k * int(kRegister / 8) + i] = float(a.piece[k][i]);
+  return load_lanes(lanes);
+}
+
+// ---- 16-bit memory -----------------------------------------------------------------------------
+HALFSTEP_FN F32 load_half(const uint16_t* from) {
+  F32 r;
+#if defined(__AVX512F__)
+  r.piece[0] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+  for (int k = 0; k < 2; ++k)
+    r.piece[k] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + 8 * k)));
+#else
+  for (int i = 0; i < kLanes; ++i) r.piece[i / 4][i % 4] = half_to_float(from[i]);
+#endif
+  return r;
+}
+HALFSTEP_FN void store_half(uint16_t* to, const F32& a) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph(a.piece[0], _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  for (int k = 0; k < 2; ++k)
+    _mm_storeu_si128((__m128i*)(to + 8 * k),
+                     _mm256_cvtps_ph(a.piece[k], _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = float_to_half(a.piece[i / 4][i % 4]);
+#endif
+}
+/// Sign-extends.
+HALFSTEP_FN I32 load_int16(const int16_t* from) {
+  I32 r;
+#if defined(__AVX512F__)
+  r.piece[0] = (I32::Native)_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+  for (int k = 0; k < 2; ++k)
+    r.piece[k] =
+        (I32::Native)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)(from + 8 * k)));
+#else
+  for (int i = 0; i < kLanes; ++i) r.piece[i / 4][i % 4] = from[i];
+#endif
+  return r;
+}
+/// Keeps the low 16 bits.
+HALFSTEP_FN void store_int16(int16_t* to, const I32& a) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)a.piece[0]));
+#else
+  int32_t lanes[kLanes];
+  store_lanes(lanes, a);
+  for (int i = 0; i < kLanes; ++i) to[i] = int16_t(lanes[i]);
+#endif
+}
+HALFSTEP_FN F32 load_bfloat(const uint16_t* from) {
+  return from_bits(load_int16((const int16_t*)from) << 16);
+}
+HALFSTEP_FN I32 bfloat_bits(const F32& a) {
+  const I32 bits = to_bits(a);
+  const I32 rounded =
+      (bits + broadcast<I32>(0x7fff) + ((bits >> 16) & broadcast<I32>(1))) >> 16;
+  const I32 nan = (bits >> 16) | broadcast<I32>(0x40);
+  return select<int32_t>(a == a, rounded, nan);
+}
+HALFSTEP_FN void store_bfloat(uint16_t* to, const F32& a) {
+  store_int16((int16_t*)to, bfloat_bits(a));
+}
+#else   // nvcc sees scalars only
+template <class V>
+HALFSTEP_FN V broadcast(V x) {
+  return x;
+}
+#endif  // !__CUDACC__
+
+// ---- the same memory accesses, one element at a time ---------------------------------------------
+/// Reads element `i` of a tensor of any dtype as the compute type.
+template <class T>
+HALFSTEP_FN T load_scalar(const void* from, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::kF16:
+      return T(half_to_float(static_cast<const uint16_t*>(from)[i]));
+    case Dtype::kBF16:
+      return T(bfloat_to_float(static_cast<const uint16_t*>(from)[i]));
+    case Dtype::kF32:
+      return T(static_cast<const float*>(from)[i]);
+    default:
+      return T(static_cast<const double*>(from)[i]);
+  }
+}
+
+#if !defined(__CUDACC__)
+/// Reads elements i … i+15 as the compute type.
+template <class V>
+HALFSTEP_FN V load_any(const void* from, Dtype dtype, int64_t i) {
+  using T = typename Traits<V>::Scalar;
+  if constexpr (Traits<V>::kWidth == 1) {
+    return load_scalar<T>(from, dtype, i);
+  } else if constexpr (sizeof(T) == 4) {
+    switch (dtype) {
+      case Dtype::kF16:
+        return load_half(static_cast<const uint16_t*>(from) + i);
+      case Dtype::kBF16:
+        return load_bfloat(static_cast<const uint16_t*>(from) + i);
+      case Dtype::kF32:
+        return load_lanes(static_cast<const float*>(from) + i);
+      default:
+        return to_single(load_lanes(static_cast<const double*>(from) + i));
+    }
+  } else {
+    if (dtype == Dtype::kF64) return load_lanes(static_cast<const double*>(from) + i);
+    return to_double(load_any<F32>(from, dtype, i));
+  }
+}
+#endif
+
+HALFSTEP_MATH_END
