@@ -4,7 +4,7 @@
 
 #include "platform.h"
 
-HALFSTEP_MATH_BEGIN
+namespace halfstep::math {
 
 /// Columns of the float64 [n + 1, 8] result of grad_stats; the last row holds the totals.
 enum StatColumn : int {
@@ -28,7 +28,7 @@ enum ControlEntry : int {
   kControlEntries = 4,
 };
 
-/// Largest |x| as raw bits: integer order is magnitude order, with NaN above inf.
+/// What is gathered over a run of elements.
 struct BlockStats {
   double sum_squares = 0;
   double amax = 0;
@@ -50,6 +50,10 @@ struct BlockStats {
     subnormals += other.subnormals;
   }
 };
+
+}  // namespace halfstep::math
+
+HALFSTEP_MATH_BEGIN
 
 /// One row of grad_stats.
 HALFSTEP_FN void write_stats_row(double* row, const BlockStats& s, int64_t numel, double first_bad) {

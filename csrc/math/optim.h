@@ -6,15 +6,7 @@
 
 #include "vec.h"
 
-HALFSTEP_MATH_BEGIN
-
-/// beta^step by repeated squaring: the same bits on every machine, unlike pow().
-HALFSTEP_FN double power(double beta, int64_t step) {
-  double result = 1;
-  for (double square = beta; step > 0; step >>= 1, square *= square)
-    if (step & 1) result *= square;
-  return result;
-}
+namespace halfstep::math {
 
 /// What is constant over a tensor in one Adam or AdamW step.
 struct AdamStep {
@@ -28,6 +20,29 @@ struct AdamStep {
   double eps;
   bool amsgrad;
 };
+
+/// What is constant over a tensor in one SGD step.
+struct SgdStep {
+  double multiplier;
+  double weight_decay;
+  double momentum;
+  double blend;  ///< 1 - dampening
+  double lr;
+  bool nesterov;
+  bool first;  ///< the buffer is filled, not blended
+};
+
+}  // namespace halfstep::math
+
+HALFSTEP_MATH_BEGIN
+
+/// beta^step by repeated squaring: the same bits on every machine, unlike pow().
+HALFSTEP_FN double power(double beta, int64_t step) {
+  double result = 1;
+  for (double square = beta; step > 0; step >>= 1, square *= square)
+    if (step & 1) result *= square;
+  return result;
+}
 
 HALFSTEP_FN AdamStep adam_step_constants(bool decoupled, bool amsgrad, bool maximize, double lr,
                                          double beta1, double beta2, double eps,
@@ -63,17 +78,6 @@ HALFSTEP_FN void adam_update(const AdamStep& c, V g, V& p, V& m, V& v, V& v_max)
   const V denominator = fma(sqrt(root), constant(c.root_scale), constant(c.eps));
   p = fma(constant(-c.step_size), m / denominator, p * constant(c.decay));
 }
-
-/// What is constant over a tensor in one SGD step.
-struct SgdStep {
-  double multiplier;
-  double weight_decay;
-  double momentum;
-  double blend;  ///< 1 - dampening
-  double lr;
-  bool nesterov;
-  bool first;  ///< the buffer is filled, not blended
-};
 
 template <class V>
 HALFSTEP_FN void sgd_update(const SgdStep& c, V g, V& p, V& buffer) {

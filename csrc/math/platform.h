@@ -24,7 +24,8 @@
   } \
   }
 
-HALFSTEP_MATH_BEGIN
+// Plain data types are the same in every compilation and stay outside that namespace.
+namespace halfstep::math {
 
 /// Element types a kernel meets. The numbers go through descriptor tables to the device.
 enum class Dtype : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF64 = 3 };
@@ -32,6 +33,15 @@ enum class Dtype : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF64 = 3 };
 /// How the exact weight behind a parameter is kept: in the parameter itself, as an int16 remainder
 /// beside a 16-bit parameter, or as a full copy.
 enum class MasterKind : int32_t { kNone = 0, kSplit16 = 1, kF32 = 2, kF64 = 3 };
+
+/// Reductions run over blocks of this many elements, summed in index order.
+constexpr int64_t kBlock = 4096;
+/// Virtual lanes of a reduction, whatever the width of the registers.
+constexpr int kLanes = 16;
+
+}  // namespace halfstep::math
+
+HALFSTEP_MATH_BEGIN
 
 template <class To, class From>
 HALFSTEP_FN To bit_cast(From from) {
@@ -50,10 +60,5 @@ HALFSTEP_FN To bit_cast(From from) {
 HALFSTEP_FN constexpr int64_t dtype_size(Dtype dtype) {
   return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : 2;
 }
-
-/// Reductions run over blocks of this many elements, summed in index order.
-constexpr int64_t kBlock = 4096;
-/// Virtual lanes of a reduction, whatever the width of the registers.
-constexpr int kLanes = 16;
 
 HALFSTEP_MATH_END

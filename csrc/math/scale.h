@@ -7,7 +7,7 @@
 
 #include "platform.h"
 
-HALFSTEP_MATH_BEGIN
+namespace halfstep::math {
 
 enum class PolicyKind : int32_t { kStatic = 0, kDynamic = 1 };
 
@@ -46,6 +46,10 @@ enum StateEntry : int {
 /// in FP32.
 constexpr double kLowestScale = 0x1p-126;
 constexpr double kHighestScale = 0x1p127;
+
+}  // namespace halfstep::math
+
+HALFSTEP_MATH_BEGIN
 
 HALFSTEP_FN double bounded_scale(const double* policy, double scale) {
   const double low = policy[kPolicyMinScale] > kLowestScale ? policy[kPolicyMinScale] : kLowestScale;

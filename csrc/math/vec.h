@@ -79,6 +79,10 @@ template <>
 struct MaskOf<double> {
   using Type = I64;
 };
+template <>
+struct MaskOf<int64_t> {
+  using Type = I64;
+};
 template <class T>
 using Mask = typename MaskOf<T>::Type;
 
@@ -165,9 +169,15 @@ template <class T>
 HALFSTEP_FN bool any(const Pack<T>& mask) {
   typename Pack<T>::Native all = mask.piece[0];
   for (int k = 1; k < Pack<T>::kPieces; ++k) all |= mask.piece[k];
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)all, (__m512i)all) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)all, (__m256i)all);
+#else
   bool found = false;
   for (int i = 0; i < int(kRegister / sizeof(T)); ++i) found |= all[i] != 0;
   return found;
+#endif
 }
 template <class T>
 HALFSTEP_FN Pack<T> load_lanes(const T* from) {
