@@ -1,0 +1,64 @@
+#pragma once
+
+// Argument checks shared by every backend and by Meta. All of them run before anything is written.
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+
+namespace halfstep::ops {
+
+/// "torch.float16[4, 3]", the way errors show a tensor.
+std::string describe(const at::Tensor& tensor);
+/// "params[3]"
+std::string item(const char* list, size_t index);
+
+/// One line of a parameter group as the step ops see it.
+struct StepLists {
+  const char* op;
+  at::TensorList params;
+  const c10::List<std::optional<at::Tensor>>& grads;
+  at::TensorList masters;
+};
+
+bool is_supported_float(at::ScalarType type);
+/// Dtype that the update of parameter `index` is computed in: double where it or its master is FP64.
+at::ScalarType compute_type(const at::Tensor& param, const at::Tensor& master);
+
+void check_same_length(const char* op, const char* list, size_t length, const char* reference,
+                       size_t expected);
+/// Parameters, gradients and masters of one step: dtypes, shapes, devices, layouts.
+void check_step_lists(const StepLists& lists);
+/// Parameters and masters only.
+void check_masters(const char* op, at::TensorList params, at::TensorList masters);
+/// Optimizer states: shape, device and strides of the parameter, in its compute type.
+void check_states(const char* op, const char* list, at::TensorList states, at::TensorList params,
+                  at::TensorList masters);
+/// int64 [n] tensors: one counter a parameter.
+void check_counter(const char* op, const char* name, const at::Tensor& counter, size_t length,
+                   at::TensorList params);
+/// A 0-d or one-element tensor of the given dtype on the parameters' device.
+void check_scalar(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type);
+void check_control(const char* op, const std::optional<at::Tensor>& control);
+void check_values(const char* op, at::TensorList values, at::TensorList params,
+                  at::TensorList masters);
+void check_grads(const char* op, const c10::List<std::optional<at::Tensor>>& grads);
+/// unscale_ and unscale_to_.
+void check_unscale(const char* op, at::TensorList grads, at::TensorList outputs,
+                   const at::Tensor& inv_scale, const at::Tensor& found_inf);
+
+void check_step_control(at::TensorList stats, const std::optional<at::Tensor>& scale,
+                        const std::optional<at::Tensor>& found_inf,
+                        const std::optional<at::Tensor>& clip);
+/// State and policy vectors of the loss scale.
+void check_scale_vector(const char* op, const char* name, const at::Tensor& tensor);
+void check_update_scale(const at::Tensor& scale, const at::Tensor& state,
+                        const at::Tensor& found_inf, const at::Tensor& policy);
+void check_simulate_scale(const at::Tensor& found_inf, const at::Tensor& policy,
+                          const at::Tensor& state);
+
+}  // namespace halfstep::ops

@@ -1,0 +1,90 @@
+#include "../math/grads.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "check.h"
+
+// Gradients: statistics, unscaling, and the four numbers that a step needs of them.
+
+namespace halfstep::ops {
+
+namespace {
+
+constexpr const char* kSchemas[] = {
+    // float64 [n + 1, 8] on the gradients' device; columns in csrc/math/grads.h (StatColumn). Row i is
+    // gradient i (None: a row of zeros), the last row the totals. Reads each gradient once.
+    "grad_stats(Tensor?[] grads, Tensor(a!)[] table) -> Tensor",
+    // grads *= inv_scale in place; found_inf becomes 1 when an element is non-finite before or after.
+    "unscale_(Tensor(a!)[] grads, Tensor inv_scale, Tensor(b!) found_inf, Tensor(t!)[] table) -> ()",
+    // outputs = grads * inv_scale with one rounding to the outputs' dtype; grads are left as they are.
+    "unscale_to_(Tensor(a!)[] outputs, Tensor[] grads, Tensor inv_scale, Tensor(b!) found_inf, "
+    "Tensor(t!)[] table) -> ()",
+    // float64 [4]: {found_inf, multiplier, norm, clip} (ControlEntry). `stats` may be empty; found_inf
+    // is OR-ed in (not 0, or NaN); clip is a further factor; max_norm < 0 means no clipping.
+    "step_control(Tensor[] stats, Tensor? scale, Tensor? found_inf, Tensor? clip, float max_norm) "
+    "-> Tensor",
+};
+
+at::Tensor grad_stats_meta(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList) {
+  check_grads("grad_stats", grads);
+  c10::Device device(c10::DeviceType::Meta);
+  for (size_t i = 0; i < grads.size(); ++i)
+    if (const std::optional<at::Tensor> grad = grads[i]; grad && grad->defined())
+      device = grad->device();
+  return at::empty({int64_t(grads.size()) + 1, math::kStatColumns},
+                   at::TensorOptions().dtype(at::kDouble).device(device));
+}
+
+void unscale_meta(at::TensorList grads, const at::Tensor& inv_scale, const at::Tensor& found_inf,
+                  at::TensorList) {
+  check_unscale("unscale_", grads, grads, inv_scale, found_inf);
+}
+
+void unscale_to_meta(at::TensorList outputs, at::TensorList grads, const at::Tensor& inv_scale,
+                     const at::Tensor& found_inf, at::TensorList) {
+  check_unscale("unscale_to_", grads, outputs, inv_scale, found_inf);
+}
+
+at::Tensor step_control_meta(at::TensorList stats, const std::optional<at::Tensor>& scale,
+                             const std::optional<at::Tensor>& found_inf,
+                             const std::optional<at::Tensor>& clip, double) {
+  check_step_control(stats, scale, found_inf, clip);
+  const at::Tensor* any = stats.empty() ? nullptr : &stats[0];
+  for (const auto* tensor : {&scale, &found_inf, &clip})
+    if (!any && *tensor) any = &**tensor;
+  return at::empty({math::kControlEntries}, any->options().dtype(at::kDouble));
+}
+
+}  // namespace
+
+void check_step_control(at::TensorList stats, const std::optional<at::Tensor>& scale,
+                        const std::optional<at::Tensor>& found_inf,
+                        const std::optional<at::Tensor>& clip) {
+  for (size_t i = 0; i < stats.size(); ++i)
+    TORCH_CHECK(stats[i].scalar_type() == at::kDouble && stats[i].dim() == 2 &&
+                    stats[i].sym_size(1) == math::kStatColumns && stats[i].is_contiguous(),
+                "step_control: ", item("stats", i), " is ", describe(stats[i]),
+                "; expected torch.float64[n + 1, 8] of grad_stats");
+  if (scale) check_scalar("step_control", "scale", *scale, at::kFloat);
+  if (found_inf) check_scalar("step_control", "found_inf", *found_inf, at::kFloat);
+  if (clip)
+    TORCH_CHECK(clip->sym_numel() == 1 && (clip->scalar_type() == at::kFloat ||
+                                           clip->scalar_type() == at::kDouble),
+                "step_control: clip is ", describe(*clip),
+                "; expected one element of torch.float32 or torch.float64");
+}
+
+TORCH_LIBRARY_FRAGMENT(halfstep, m) {
+  for (const char* schema : kSchemas) m.def(schema, {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(halfstep, Meta, m) {
+  m.impl("grad_stats", grad_stats_meta);
+  m.impl("unscale_", unscale_meta);
+  m.impl("unscale_to_", unscale_to_meta);
+  m.impl("step_control", step_control_meta);
+}
+
+}  // namespace halfstep::ops

@@ -1,0 +1,105 @@
+#include "optim.h"
+
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+// One step of an optimizer over all parameters of a group, and the conversions between exact weights
+// and what is held for them. Update rules: csrc/math/optim.h; split16: csrc/math/split16.h.
+//
+// Common to the steps. Lists have one entry a parameter; grads[i] None: the parameter is not touched;
+// masters[i]: empty (none), int16 (split16) or float32/float64. States are in the compute type:
+// float32, or float64 where the parameter or its master is. steps, overflowed: int64 [n]; lr: one
+// float64; control: float64 [4] of step_control, None to apply the gradients as they are. With
+// control[0] != 0 nothing is written at all.
+
+namespace halfstep::ops {
+
+namespace {
+
+constexpr const char* kSchemas[] = {
+    "adamw_step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] masters, "
+    "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, "
+    "Tensor(f!) steps, Tensor(g!) overflowed, Tensor lr, Tensor? control, Tensor(t!)[] table, *, "
+    "float beta1, float beta2, float eps, float weight_decay, bool amsgrad, bool maximize) -> ()",
+    "adam_step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] masters, "
+    "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, "
+    "Tensor(f!) steps, Tensor(g!) overflowed, Tensor lr, Tensor? control, Tensor(t!)[] table, *, "
+    "float beta1, float beta2, float eps, float weight_decay, bool amsgrad, bool maximize) -> ()",
+    "sgd_step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] masters, "
+    "Tensor(c!)[] momentum_buffers, Tensor(d!) steps, Tensor(e!) overflowed, Tensor lr, "
+    "Tensor? control, Tensor(t!)[] table, *, float momentum, float dampening, float weight_decay, "
+    "bool nesterov, bool maximize) -> ()",
+    // values (any float dtype) -> weights and masters; overflowed[i] counts the elements that do not
+    // fit the 16-bit range, which keep what they were.
+    "write_masters_(Tensor[] values, Tensor(a!)[] params, Tensor(b!)[] masters, "
+    "Tensor(c!) overflowed) -> ()",
+    // The exact weights in the compute type.
+    "read_masters(Tensor[] params, Tensor[] masters) -> Tensor[]",
+    // Masters that do not round to their weight take the weight's value; changed[i] counts them.
+    // dry_run counts only.
+    "refresh_masters_(Tensor[] params, Tensor(a!)[] masters, Tensor(b!) changed, bool dry_run) -> ()",
+};
+
+void nothing_adam(const char*, bool, const AdamArgs&) {}
+void nothing_sgd(const SgdArgs&) {}
+
+void write_masters_meta(at::TensorList values, at::TensorList params, at::TensorList masters,
+                        const at::Tensor& overflowed) {
+  check_values("write_masters_", values, params, masters);
+  check_counter("write_masters_", "overflowed", overflowed, params.size(), params);
+}
+
+std::vector<at::Tensor> read_masters_meta(at::TensorList params, at::TensorList masters) {
+  check_masters("read_masters", params, masters);
+  std::vector<at::Tensor> values;
+  for (size_t i = 0; i < params.size(); ++i)
+    values.push_back(at::empty_like(params[i], params[i].options().dtype(
+                                                   compute_type(params[i], masters[i]))));
+  return values;
+}
+
+void refresh_masters_meta(at::TensorList params, at::TensorList masters, const at::Tensor& changed,
+                          bool) {
+  check_masters("refresh_masters_", params, masters);
+  check_counter("refresh_masters_", "changed", changed, params.size(), params);
+}
+
+}  // namespace
+
+void check_adam(const char* op, const AdamArgs& args) {
+  check_step_lists({op, args.params, args.grads, args.masters});
+  check_states(op, "exp_avgs", args.exp_avgs, args.params, args.masters);
+  check_states(op, "exp_avg_sqs", args.exp_avg_sqs, args.params, args.masters);
+  if (args.amsgrad)
+    check_states(op, "max_exp_avg_sqs", args.max_exp_avg_sqs, args.params, args.masters);
+  check_counter(op, "steps", args.steps, args.params.size(), args.params);
+  check_counter(op, "overflowed", args.overflowed, args.params.size(), args.params);
+  check_scalar(op, "lr", args.lr, at::kDouble);
+  check_control(op, args.control);
+}
+
+void check_sgd(const SgdArgs& args) {
+  const char* op = "sgd_step_";
+  check_step_lists({op, args.params, args.grads, args.masters});
+  if (args.momentum != 0)
+    check_states(op, "momentum_buffers", args.momentum_buffers, args.params, args.masters);
+  check_counter(op, "steps", args.steps, args.params.size(), args.params);
+  check_counter(op, "overflowed", args.overflowed, args.params.size(), args.params);
+  check_scalar(op, "lr", args.lr, at::kDouble);
+  check_control(op, args.control);
+}
+
+TORCH_LIBRARY_FRAGMENT(halfstep, m) {
+  for (const char* schema : kSchemas) m.def(schema, {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(halfstep, Meta, m) {
+  m.impl("adamw_step_", adam_op<nothing_adam, true>);
+  m.impl("adam_step_", adam_op<nothing_adam, false>);
+  m.impl("sgd_step_", sgd_op<nothing_sgd>);
+  m.impl("write_masters_", write_masters_meta);
+  m.impl("read_masters", read_masters_meta);
+  m.impl("refresh_masters_", refresh_masters_meta);
+}
+
+}  // namespace halfstep::ops
