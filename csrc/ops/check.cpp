@@ -72,8 +72,10 @@ bool is_supported_float(at::ScalarType type) {
 }
 
 at::ScalarType compute_type(const at::Tensor& param, const at::Tensor& master) {
+  // An empty master means none, unless the parameter is empty too.
+  const bool present = has_elements(master) || !has_elements(param);
   const bool wide = param.scalar_type() == at::kDouble ||
-                    (has_elements(master) && master.scalar_type() == at::kDouble);
+                    (present && master.scalar_type() == at::kDouble);
   return wide ? at::kDouble : at::kFloat;
 }
 

@@ -1,0 +1,128 @@
+"""Every op of the halfstep namespace passes torch.library.opcheck, in every dtype it takes.
+
+The walk fails for an op without samples, so an op without a check cannot exist.
+"""
+
+import pytest
+import torch
+
+import halfstep  # noqa: F401  loads the ops
+
+H = torch.ops.halfstep
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+pytestmark = pytest.mark.smoke
+
+
+def group(param_dtype, master_dtype, grad_dtype=None):
+    """Three parameters: odd size, empty, transposed; the gradient of one more is missing."""
+    shapes = [(33,), (0,), (5, 7), (3,)]
+    params = [torch.randn(s).to(param_dtype) for s in shapes]
+    params[2] = params[2].t().contiguous().t()
+    grads = [torch.randn(s).to(grad_dtype or param_dtype) for s in shapes[:-1]] + [None]
+    wide = torch.float64 in (param_dtype, master_dtype)
+    masters = [torch.empty(0) if master_dtype is None else torch.empty_like(p, dtype=master_dtype) for p in params]
+    states = lambda: [torch.zeros_like(p, dtype=torch.float64 if wide else torch.float32) for p in params]
+    H.write_masters_([p.float() for p in params], params, masters, torch.zeros(4, dtype=torch.int64))
+    return params, grads, masters, states
+
+
+def counters():
+    return torch.zeros(4, dtype=torch.int64)
+
+
+MODES = [(torch.float16, None), (torch.float16, torch.int16), (torch.float16, torch.float32), (torch.float16, torch.float64),
+         (torch.bfloat16, torch.int16), (torch.bfloat16, None), (torch.float32, None), (torch.float32, torch.float64), (torch.float64, None)]
+
+
+def samples_grad_stats():
+    for dtype in FLOATS:
+        yield ([torch.randn(5, 3).to(dtype), None, torch.zeros(0, dtype=dtype), torch.randn(6, 4).to(dtype)[::2, 1:]], []), {}
+
+
+def samples_unscale_():
+    for dtype in FLOATS:
+        yield ([torch.randn(5).to(dtype), torch.zeros(0, dtype=dtype)], torch.tensor(0.5), torch.zeros(()), []), {}
+
+
+def samples_unscale_to_():
+    for dtype in FLOATS:
+        yield ([torch.zeros(5), torch.zeros(3, 2)], [torch.randn(5).to(dtype), torch.randn(2, 3).to(dtype).t()], torch.tensor(0.5), torch.zeros(()), []), {}
+
+
+def samples_step_control():
+    stats = H.grad_stats([torch.randn(5)], [])
+    yield ([stats, stats], torch.tensor(2.0), torch.zeros(()), torch.tensor(0.5), 1.0), {}
+    yield ([], torch.tensor(2.0), None, None, -1.0), {}
+
+
+def policy():
+    return torch.tensor([1, 65536, 2, 0.5, 2000, 1, 2.0**127, 1, 0] + [0] * 7, dtype=torch.float64)
+
+
+def samples_update_scale_():
+    yield (torch.tensor(65536.0), H.init_scale_state(policy()), torch.ones(()), policy()), {}
+
+
+def samples_simulate_scale():
+    yield (torch.tensor([0.0, 1, 0, 1]), policy(), H.init_scale_state(policy())), {}
+
+
+def samples_init_scale_state():
+    yield (policy(),), {}
+
+
+def adam_samples():
+    for param, master in MODES:
+        for amsgrad in (False, True):
+            params, grads, masters, states = group(param, master)
+            control = H.step_control([H.grad_stats(grads, [])], torch.tensor(2.0), None, None, 1.0)
+            yield (params, grads, masters, states(), states(), states() if amsgrad else [], counters(), counters(),
+                   torch.tensor(1e-3, dtype=torch.float64), control, []), dict(
+                       beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, amsgrad=amsgrad, maximize=False)
+
+
+samples_adamw_step_ = samples_adam_step_ = adam_samples
+
+
+def samples_sgd_step_():
+    for param, master in MODES:
+        for momentum in (0.0, 0.9):
+            params, grads, masters, states = group(param, master)
+            yield (params, grads, masters, states() if momentum else [], counters(), counters(),
+                   torch.tensor(1e-3, dtype=torch.float64), None, []), dict(
+                       momentum=momentum, dampening=0.0, weight_decay=0.01, nesterov=False, maximize=True)
+
+
+def samples_write_masters_():
+    for param, master in MODES:
+        params, _, masters, _ = group(param, master)
+        yield ([torch.randn(p.shape) for p in params], params, masters, counters()), {}
+
+
+def samples_read_masters():
+    for param, master in MODES:
+        params, _, masters, _ = group(param, master)
+        yield (params, masters), {}
+
+
+def samples_refresh_masters_():
+    for param, master in MODES:
+        params, _, masters, _ = group(param, master)
+        yield ([p + 1 for p in params], masters, counters(), False), {}
+
+
+def all_ops():
+    return sorted(n.split("::")[1] for n in {s.name for s in torch._C._jit_get_all_schemas()} if n.startswith("halfstep::"))
+
+
+@pytest.mark.parametrize("name", all_ops())
+def test_opcheck(name):
+    samples = globals().get(f"samples_{name}")
+    assert samples is not None, f"torch.ops.halfstep.{name} has no samples here"
+    torch.manual_seed(0)
+    for args, kwargs in samples():
+        torch.library.opcheck(getattr(H, name).default, args, kwargs)
+
+
+def test_the_walk_sees_the_ops():
+    assert {"grad_stats", "adamw_step_", "update_scale_"} <= set(all_ops())
