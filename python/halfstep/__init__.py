@@ -1,0 +1,26 @@
+"""halfstep: FP16 training that is fast, small and never silently wrong."""
+
+from ._library import _C, PACKAGE, cuda_status
+from . import lr_scheduler, optim, policies
+from .amp import GradScaler, ScalerStats, autocast
+from .cast import CastReport, cast_model, evaluate_in, export_state_dict, load_state_dict
+
+__version__ = _C.build_info()["version"]
+cmake_prefix_path = str(PACKAGE / "share" / "cmake")
+include_path = str(PACKAGE / "include")
+
+
+def set_overrides(enabled):
+    """Switches the CPU kernels that docs/overrides.md lists on or off for this process."""
+    _C.set_overrides(bool(enabled))
+
+
+def doctor():
+    """What is installed and works here, as lines of (what, finding)."""
+    from .cli import doctor
+
+    return doctor()
+
+
+__all__ = ["CastReport", "GradScaler", "ScalerStats", "autocast", "cast_model", "cmake_prefix_path", "cuda_status", "doctor", "evaluate_in",
+           "export_state_dict", "include_path", "load_state_dict", "lr_scheduler", "optim", "policies", "set_overrides"]

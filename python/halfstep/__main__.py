@@ -1,0 +1,5 @@
+import sys
+
+from halfstep.cli import main
+
+sys.exit(main())
