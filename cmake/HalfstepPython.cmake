@@ -11,7 +11,9 @@ target_compile_definitions(
                           HALFSTEP_CUDA_REASON="${HALFSTEP_CUDA_REASON}"
                           HALFSTEP_CUDA_ARCHITECTURES="${CMAKE_CUDA_ARCHITECTURES}"
                           HALFSTEP_HAVE_CUDA=$<BOOL:${HALFSTEP_HAVE_CUDA}>)
-set(package "${CMAKE_CURRENT_SOURCE_DIR}/python/halfstep")
+set(HALFSTEP_PACKAGE_DIR "${CMAKE_CURRENT_SOURCE_DIR}/python/halfstep" CACHE PATH
+    "Where the module and the libraries are placed")
+set(package "${HALFSTEP_PACKAGE_DIR}")
 set_target_properties(
   halfstep_python PROPERTIES OUTPUT_NAME _C LIBRARY_OUTPUT_DIRECTORY "${package}"
                              BUILD_RPATH "$ORIGIN/lib;${TORCH_DIR}/lib" BUILD_RPATH_USE_ORIGIN ON
