@@ -167,8 +167,6 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return optimizer.step(*([] if closure is None else [closure]), *args, **kwargs)
-        self._check_scale_growth_tracker("step")
-        self._begin()
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
@@ -176,6 +174,8 @@ class GradScaler(torch.amp.GradScaler):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_scale_growth_tracker("step")
+        self._begin()
         if isinstance(optimizer, (optim.Optimizer, optim.Masters)):
             self._step_ours(optimizer, state)
         else:

@@ -96,7 +96,7 @@ def _install_hooks(model, kept_modules, dtype, cast_inputs):
         device = next(module.parameters()).device.type
         if cast_inputs:
             return _cast_floats(args, module._halfstep_dtype), _cast_floats(kwargs, module._halfstep_dtype)
-        if module._halfstep_dtype == dtype and not torch.is_autocast_enabled(device) and _has_wide_float(list(args) + list(kwargs.values())):
+        if not module._halfstep_evaluating and not torch.is_autocast_enabled(device) and _has_wide_float(list(args) + list(kwargs.values())):
             name = str(dtype).removeprefix("torch.")
             raise RuntimeError(f"model was cast to {name}: run it inside hs.autocast, or cast_model(…, cast_inputs=True)")
         return None
@@ -114,7 +114,7 @@ def _install_hooks(model, kept_modules, dtype, cast_inputs):
                 continue
             module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(leave)
-    model._halfstep_dtype = dtype
+    model._halfstep_dtype, model._halfstep_evaluating = dtype, False
 
 
 def _as_list(optimizers):
@@ -152,7 +152,7 @@ def evaluate_in(model, optimizers=None, dtype=torch.float32, weights="master"):
                 value = exact.get(id(tensor), getattr(tensor, "_halfstep_exact", tensor.data))
                 tensor.data = value.detach().to(dtype)
         if cast_dtype is not None:
-            model._halfstep_dtype = dtype
+            model._halfstep_dtype, model._halfstep_evaluating = dtype, True
             kept = _bypass(model)
         model.eval()
         with torch.no_grad(), torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
@@ -164,9 +164,8 @@ def evaluate_in(model, optimizers=None, dtype=torch.float32, weights="master"):
             module._forward_hooks.update(post)
         for tensor, data in saved:
             tensor.data = data
-        model._halfstep_dtype = cast_dtype
-        if cast_dtype is None:
-            del model._halfstep_dtype
+        if cast_dtype is not None:
+            model._halfstep_dtype, model._halfstep_evaluating = cast_dtype, False
         model.train(training)
         for optimizer in _as_list(optimizers):
             for room in getattr(optimizer, "_rooms", []):
