@@ -1,0 +1,75 @@
+#pragma once
+
+// Typed calls of the registered ops, for the classes above them. Each looks its op up once.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+#include <vector>
+
+namespace halfstep::api {
+
+using Tensors = at::TensorList;
+using OptionalTensor = std::optional<at::Tensor>;
+using OptionalTensors = c10::List<OptionalTensor>;
+
+template <class Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+inline at::Tensor grad_stats(const OptionalTensors& grads) {
+  static const auto op =
+      find_op<at::Tensor(const OptionalTensors&, Tensors)>("halfstep::grad_stats");
+  return op.call(grads, {});
+}
+inline void unscale_(Tensors grads, const at::Tensor& inv_scale, const at::Tensor& found_inf) {
+  static const auto op = find_op<void(Tensors, const at::Tensor&, const at::Tensor&, Tensors)>(
+      "halfstep::unscale_");
+  op.call(grads, inv_scale, found_inf, {});
+}
+inline void unscale_to_(Tensors outputs, Tensors grads, const at::Tensor& inv_scale,
+                        const at::Tensor& found_inf) {
+  static const auto op =
+      find_op<void(Tensors, Tensors, const at::Tensor&, const at::Tensor&, Tensors)>(
+          "halfstep::unscale_to_");
+  op.call(outputs, grads, inv_scale, found_inf, {});
+}
+inline at::Tensor step_control(Tensors stats, const OptionalTensor& scale,
+                               const OptionalTensor& found_inf, const OptionalTensor& clip,
+                               double max_norm) {
+  static const auto op =
+      find_op<at::Tensor(Tensors, const OptionalTensor&, const OptionalTensor&,
+                         const OptionalTensor&, double)>("halfstep::step_control");
+  return op.call(stats, scale, found_inf, clip, max_norm);
+}
+inline void update_scale_(const at::Tensor& scale, const at::Tensor& state,
+                          const at::Tensor& found_inf, const at::Tensor& policy) {
+  static const auto op = find_op<void(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                      const at::Tensor&)>("halfstep::update_scale_");
+  op.call(scale, state, found_inf, policy);
+}
+inline at::Tensor init_scale_state(const at::Tensor& policy) {
+  static const auto op = find_op<at::Tensor(const at::Tensor&)>("halfstep::init_scale_state");
+  return op.call(policy);
+}
+inline void write_masters_(Tensors values, Tensors params, Tensors masters,
+                           const at::Tensor& overflowed) {
+  static const auto op =
+      find_op<void(Tensors, Tensors, Tensors, const at::Tensor&)>("halfstep::write_masters_");
+  op.call(values, params, masters, overflowed);
+}
+inline std::vector<at::Tensor> read_masters(Tensors params, Tensors masters) {
+  static const auto op =
+      find_op<std::vector<at::Tensor>(Tensors, Tensors)>("halfstep::read_masters");
+  return op.call(params, masters);
+}
+inline void refresh_masters_(Tensors params, Tensors masters, const at::Tensor& changed,
+                             bool dry_run) {
+  static const auto op =
+      find_op<void(Tensors, Tensors, const at::Tensor&, bool)>("halfstep::refresh_masters_");
+  op.call(params, masters, changed, dry_run);
+}
+
+}  // namespace halfstep::api

@@ -1,0 +1,210 @@
+#include <halfstep/cast.h>
+
+#include <ATen/ops/zeros.h>
+#include <fnmatch.h>
+#include <torch/nn/module.h>
+#include <torch/serialize/archive.h>
+
+#include <map>
+#include <mutex>
+
+#include "room.h"
+
+namespace halfstep {
+
+namespace {
+
+struct Kept {
+  c10::weak_intrusive_ptr<c10::TensorImpl> owner;
+  at::Tensor exact;
+};
+
+std::mutex kept_mutex;
+std::map<const void*, Kept>& kept_values() {
+  static auto* values = new std::map<const void*, Kept>;  // outlives static tensors of the program
+  return *values;
+}
+
+bool is_float(const at::Tensor& tensor) { return tensor.defined() && tensor.is_floating_point(); }
+
+/// Every parameter with its name; a tied one appears under its first name only.
+std::vector<std::pair<std::string, at::Tensor>> named_parameters(const torch::nn::Module& model) {
+  std::vector<std::pair<std::string, at::Tensor>> all;
+  std::map<const void*, bool> seen;
+  for (const auto& item : model.named_parameters())
+    if (seen.emplace(item.value().unsafeGetTensorImpl(), true).second)
+      all.emplace_back(item.key(), item.value());
+  return all;
+}
+
+/// Parameters of normalisation modules, recognised by their class name.
+std::map<const void*, bool> norm_parameters(torch::nn::Module& model) {
+  std::map<const void*, bool> found;
+  for (const auto& module : model.modules(/*include_self=*/false))
+    if (module->name().find("Norm") != std::string::npos)
+      for (const auto& param : module->parameters()) found[param.unsafeGetTensorImpl()] = true;
+  return found;
+}
+
+}  // namespace
+
+void keep_exact(const at::Tensor& param, const at::Tensor& exact) {
+  const std::lock_guard lock(kept_mutex);
+  auto& values = kept_values();
+  std::erase_if(values, [](const auto& entry) { return entry.second.owner.expired(); });
+  values.insert_or_assign(param.unsafeGetTensorImpl(),
+                          Kept{c10::weak_intrusive_ptr<c10::TensorImpl>(param.getIntrusivePtr()),
+                               exact});
+}
+
+at::Tensor take_exact(const at::Tensor& param) {
+  const std::lock_guard lock(kept_mutex);
+  auto& values = kept_values();
+  const auto entry = values.find(param.unsafeGetTensorImpl());
+  if (entry == values.end()) return {};
+  const at::Tensor exact = entry->second.owner.expired() ? at::Tensor() : entry->second.exact;
+  values.erase(entry);
+  return exact;
+}
+
+void check_fits(const at::Tensor& value, const at::Tensor& shape_of, c10::ScalarType dtype,
+                const std::string& name) {
+  TORCH_CHECK(value.sizes() == shape_of.sizes(), "'", name, "' is ", shape_of.sizes(),
+              " but the value is ", value.sizes());
+  if (dtype != at::kHalf && dtype != at::kBFloat16) return;
+  const double limit = dtype == at::kHalf ? 65520.0 : 0x1.ffp127;
+  const at::Tensor magnitude = value.detach().abs();
+  const auto beyond = (magnitude >= limit).sum().item<int64_t>();
+  TORCH_CHECK(beyond == 0, "'", name, "' does not fit ", dtype, ": ", beyond, " of ",
+              value.numel(), " elements are at or beyond ", limit, " (largest ",
+              magnitude.max().item<double>(), "); keep it in FP32");
+}
+
+struct CastAccess {
+  static bool keeps(const CastOptions& options, const std::string& name, bool norm) {
+    if (options.keep_norms_) return norm;
+    for (const auto& glob : options.globs_)
+      if (fnmatch(glob.c_str(), name.c_str(), 0) == 0) return true;
+    return false;
+  }
+};
+
+CastOptions& CastOptions::keep_fp32(std::vector<std::string> globs) {
+  globs_ = std::move(globs);
+  keep_norms_ = false;
+  return *this;
+}
+
+CastReport cast_model(torch::nn::Module& model, c10::ScalarType dtype,
+                      const CastOptions& options) {
+  TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "cast_model: dtype is ", dtype,
+              "; expected float16 or bfloat16");
+  const at::NoGradGuard no_grad;
+  const auto norms = norm_parameters(model);
+  CastReport report;
+  std::vector<at::Tensor> chosen;
+  for (const auto& [name, param] : named_parameters(model)) {
+    if (!is_float(param)) continue;
+    if (CastAccess::keeps(options, name, norms.count(param.unsafeGetTensorImpl()) > 0)) {
+      report.kept.push_back(name);
+      continue;
+    }
+    check_fits(param, param, dtype, name);
+    chosen.push_back(param);
+    report.cast.push_back(name);
+  }
+  for (at::Tensor& param : chosen) {
+    const at::Tensor exact = param.detach();
+    keep_exact(param, exact.alias());
+    param.set_data(exact.to(dtype));
+  }
+  return report;
+}
+
+EvaluateIn::EvaluateIn(torch::nn::Module& model, optim::Optimizer& optimizer,
+                       c10::ScalarType dtype)
+    : model_(model), training_(model.is_training()) {
+  const at::NoGradGuard no_grad;
+  const auto masters = optimizer.master_params();
+  const auto owners = optimizer.distinct_parameters();
+  std::map<const void*, at::Tensor> exact;
+  for (size_t i = 0; i < owners.size(); ++i) exact[owners[i].unsafeGetTensorImpl()] = masters[i];
+  std::map<const void*, bool> seen;
+  const auto swap = [&](at::Tensor tensor) {
+    if (!is_float(tensor) || !seen.emplace(tensor.unsafeGetTensorImpl(), true).second) return;
+    const auto master = exact.find(tensor.unsafeGetTensorImpl());
+    const at::Tensor held = tensor.tensor_data();
+    saved_.emplace_back(tensor, held);
+    tensor.set_data((master == exact.end() ? held : master->second).to(dtype));
+  };
+  for (const auto& param : model.parameters()) swap(param);
+  for (const auto& buffer : model.buffers()) swap(buffer);
+  model.eval();
+}
+
+EvaluateIn::~EvaluateIn() {
+  for (auto& [tensor, data] : saved_) tensor.set_data(data);
+  model_.train(training_);
+}
+
+torch::OrderedDict<std::string, at::Tensor> export_state_dict(torch::nn::Module& model,
+                                                              optim::Optimizer& optimizer,
+                                                              c10::ScalarType dtype) {
+  const at::NoGradGuard no_grad;
+  const auto masters = optimizer.master_params();
+  const auto owners = optimizer.distinct_parameters();
+  std::map<const void*, at::Tensor> exact;
+  for (size_t i = 0; i < owners.size(); ++i) exact[owners[i].unsafeGetTensorImpl()] = masters[i];
+  torch::OrderedDict<std::string, at::Tensor> out;
+  const auto add = [&](const std::string& name, const at::Tensor& tensor) {
+    const auto master = exact.find(tensor.unsafeGetTensorImpl());
+    const at::Tensor value = (master == exact.end() ? tensor : master->second).detach();
+    out.insert(name, (is_float(value) ? value.to(dtype) : value).clone());
+  };
+  for (const auto& item : model.named_parameters()) add(item.key(), item.value());
+  for (const auto& item : model.named_buffers()) add(item.key(), item.value());
+  return out;
+}
+
+namespace {
+
+struct Loaded {
+  at::Tensor target, value;
+};
+
+void read_module(torch::serialize::InputArchive& archive, const torch::nn::Module& module,
+                 const std::string& prefix, std::vector<Loaded>& found) {
+  const auto read = [&](const std::string& key, const at::Tensor& target, bool is_buffer) {
+    at::Tensor value;
+    TORCH_CHECK(archive.try_read(key, value, is_buffer) && value.defined(), "load: the file has no '",
+                prefix, key, "'");
+    check_fits(value, target, target.scalar_type(), prefix + key);
+    found.push_back({target, value});
+  };
+  for (const auto& item : module.named_parameters(false)) read(item.key(), item.value(), false);
+  for (const auto& item : module.named_buffers(false)) read(item.key(), item.value(), true);
+  for (const auto& child : module.named_children()) {
+    torch::serialize::InputArchive inner;
+    const bool present = archive.try_read(child.key(), inner);
+    const bool empty = child.value()->parameters().empty() && child.value()->buffers().empty();
+    TORCH_CHECK(present || empty, "load: the file has no module '", prefix, child.key(), "'");
+    if (present) read_module(inner, *child.value(), prefix + child.key() + ".", found);
+  }
+}
+
+}  // namespace
+
+void load(torch::nn::Module& model, const std::string& path) {
+  const at::NoGradGuard no_grad;
+  torch::serialize::InputArchive archive;
+  archive.load_from(path);
+  std::vector<Loaded> found;
+  read_module(archive, model, "", found);
+  for (auto& [target, value] : found) {
+    target.copy_(value);
+    if (target.scalar_type() != value.scalar_type() && is_float(target))
+      keep_exact(target, value.to(at::kFloat).to(target.device()));
+  }
+}
+
+}  // namespace halfstep

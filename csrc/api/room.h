@@ -1,0 +1,47 @@
+#pragma once
+
+#include <halfstep/optim.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "calls.h"
+
+namespace halfstep::optim {
+
+/// The tensors of one parameter group, in the order of its parameters (tied ones once).
+struct Optimizer::Room {
+  torch::optim::OptimizerParamGroup* group = nullptr;
+  size_t index = 0;
+  std::vector<at::Tensor> params, masters;  ///< params detached: ops may write them under autograd
+  std::vector<at::Tensor> leaves;           ///< the parameters themselves, for their gradients
+  std::vector<std::string> names;
+  std::map<std::string, std::vector<at::Tensor>> states;
+  at::Tensor steps, overflowed, lr;
+  double lr_value = -1;
+  std::vector<std::pair<int64_t, const void*>> seen;  ///< version and data after our last step
+  std::vector<int64_t> reported;
+
+  api::OptionalTensors grads() const;
+  bool has_grads() const;
+  const at::Tensor& device_lr();
+  void remember();
+  /// Number of changed elements; names of changed parameters are appended.
+  int64_t refresh(bool only_edited, std::string* names_changed);
+  void report_overflow();
+};
+
+}  // namespace halfstep::optim
+
+namespace halfstep {
+
+/// What cast_model kept of a parameter: its FP32 value, taken once by the first optimizer.
+at::Tensor take_exact(const at::Tensor& param);
+void keep_exact(const at::Tensor& param, const at::Tensor& exact);
+
+/// Refuses a value whose 16-bit weight would be infinite, or of another shape.
+void check_fits(const at::Tensor& value, const at::Tensor& shape_of, c10::ScalarType dtype,
+                const std::string& name);
+
+}  // namespace halfstep

@@ -1,0 +1,91 @@
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "optim.h"
+#include "policies.h"
+
+namespace halfstep {
+
+class HALFSTEP_API GradScalerOptions {
+ public:
+  GradScalerOptions& policy(policies::Rule rule);
+  /// Without it: the device of the first loss.
+  GradScalerOptions& device(c10::Device device);
+  GradScalerOptions& enabled(bool value);
+
+ private:
+  friend class GradScaler;
+  policies::Rule rule_ = policies::Dynamic();
+  std::optional<c10::Device> device_;
+  bool enabled_ = true;
+};
+
+/// The last update, as numbers.
+struct ScalerStats {
+  int64_t step = 0;             ///< updates so far
+  double scale = 0;
+  int64_t clean_steps = 0;      ///< clean updates in a row
+  int64_t steps_applied = 0;
+  int64_t steps_skipped = 0;
+  int64_t consecutive_skips = 0;
+  bool last_found_inf = false;
+  std::string first_bad_param;  ///< empty when all gradients were finite
+  double grad_norm = 0;         ///< unscaled, before clipping; NaN when found_inf
+  double amax = 0;              ///< largest |gradient| as stored
+  double zero_share = 0;        ///< zeros / elements
+  double subnormal_share = 0;   ///< FP16-subnormal / non-zero
+  int64_t overflowed = 0;       ///< weights kept from leaving the 16-bit range, in all
+};
+
+/// Loss scaling for LibTorch: torch.amp.GradScaler's protocol with a device-side policy.
+///   scaler.scale(loss).backward();  scaler.step(opt);  scaler.update();
+/// halfstep optimizers unscale inside their step and need no synchronisation; any other
+/// torch::optim::Optimizer is unscaled in place, which costs one.
+class HALFSTEP_API GradScaler {
+ public:
+  GradScaler(GradScalerOptions options = {});  // NOLINT: GradScaler scaler;
+  ~GradScaler();
+  GradScaler(GradScaler&&) noexcept;
+  GradScaler& operator=(GradScaler&&) noexcept;
+
+  /// loss * scale; a 16-bit loss is scaled in FP32.
+  at::Tensor scale(const at::Tensor& loss);
+  /// Divides the optimizer's gradients by the scale; 16-bit gradients of halfstep optimizers become FP32.
+  void unscale_(torch::optim::Optimizer& optimizer);
+  /// The optimizer's step unless a gradient is non-finite. The closure is evaluated once, before it.
+  at::Tensor step(torch::optim::Optimizer& optimizer,
+                  const torch::optim::Optimizer::LossClosure& closure = nullptr);
+  void update(std::optional<double> new_scale = std::nullopt);
+  /// Global norm over all `optimizers`, unscaled; the factor is folded into the step of halfstep optimizers.
+  at::Tensor clip_grad_norm_(const std::vector<torch::optim::Optimizer*>& optimizers,
+                             double max_norm, double norm_type = 2.0);
+
+  double get_scale() const;
+  const at::Tensor& scale_tensor() const;
+  ScalerStats stats() const;
+  bool step_was_skipped() const;
+  bool step_was_skipped(const torch::optim::Optimizer& optimizer) const;
+  bool is_enabled() const;
+
+  void save(torch::serialize::OutputArchive& archive) const;
+  /// A refused load leaves the scaler as it was.
+  void load(torch::serialize::InputArchive& archive);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+/// For torch::save(scaler, path) and torch::load(scaler, path).
+HALFSTEP_API torch::serialize::OutputArchive& operator<<(torch::serialize::OutputArchive& archive,
+                                                         const GradScaler& scaler);
+HALFSTEP_API torch::serialize::InputArchive& operator>>(torch::serialize::InputArchive& archive,
+                                                        GradScaler& scaler);
+
+}  // namespace halfstep

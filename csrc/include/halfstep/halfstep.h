@@ -1,0 +1,11 @@
+#pragma once
+
+// The whole C++ API: AMP for LibTorch programs, without Python in the process.
+
+#include "autocast.h"
+#include "cast.h"
+#include "grad_scaler.h"
+#include "optim.h"
+#include "overrides.h"
+#include "policies.h"
+#include "version.h"

@@ -1,0 +1,167 @@
+#pragma once
+
+#include <c10/util/Exception.h>
+#include <torch/arg.h>
+#include <torch/ordered_dict.h>
+#include <torch/optim/optimizer.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "export.h"
+
+namespace halfstep {
+
+/// What keeps a weight exact: an int16 beside a 16-bit weight, a full copy, or nothing.
+/// kAuto: kSplit16 for float16 and bfloat16 parameters, kNone for float32 and float64.
+enum class Master { kAuto, kNone, kSplit16, kFp32, kFp64 };
+
+class GradScaler;
+
+namespace optim {
+
+using NamedParameters = torch::OrderedDict<std::string, at::Tensor>;
+
+/// Options of AdamW and Adam; torch's names and defaults, then ours.
+struct HALFSTEP_API AdamOptions : torch::optim::OptimizerCloneableOptions<AdamOptions> {
+  explicit AdamOptions(double lr = 1e-3) : lr_(lr) {}
+  using betas_t = std::tuple<double, double>;
+  TORCH_ARG(double, lr) = 1e-3;
+  TORCH_ARG(betas_t, betas) = std::make_tuple(0.9, 0.999);
+  TORCH_ARG(double, eps) = 1e-8;
+  TORCH_ARG(double, weight_decay) = 0;
+  TORCH_ARG(bool, amsgrad) = false;
+  TORCH_ARG(bool, maximize) = false;
+  TORCH_ARG(Master, master) = Master::kAuto;
+  TORCH_ARG(std::optional<double>, max_grad_norm) = std::nullopt;  ///< global, over all groups
+  TORCH_ARG(bool, skip_nonfinite) = true;
+
+ public:
+  double get_lr() const override { return lr_; }
+  void set_lr(const double value) override { lr_ = value; }
+};
+
+struct HALFSTEP_API AdamWOptions : AdamOptions {
+  explicit AdamWOptions(double lr = 1e-3) : AdamOptions(lr) { weight_decay(1e-2); }
+  std::unique_ptr<torch::optim::OptimizerOptions> clone() const override {
+    return std::make_unique<AdamWOptions>(*this);
+  }
+};
+
+struct HALFSTEP_API SGDOptions : torch::optim::OptimizerCloneableOptions<SGDOptions> {
+  explicit SGDOptions(double lr = 1e-3) : lr_(lr) {}
+  TORCH_ARG(double, lr) = 1e-3;
+  TORCH_ARG(double, momentum) = 0;
+  TORCH_ARG(double, dampening) = 0;
+  TORCH_ARG(double, weight_decay) = 0;
+  TORCH_ARG(bool, nesterov) = false;
+  TORCH_ARG(bool, maximize) = false;
+  TORCH_ARG(Master, master) = Master::kAuto;
+  TORCH_ARG(std::optional<double>, max_grad_norm) = std::nullopt;
+  TORCH_ARG(bool, skip_nonfinite) = true;
+
+ public:
+  double get_lr() const override { return lr_; }
+  void set_lr(const double value) override { lr_ = value; }
+};
+
+/// Master-weight optimizers: the update is one op a parameter group; masters, states, step counts and
+/// the learning rate live on the parameters' device. A skipped step changes nothing.
+class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
+ public:
+  struct Room;  ///< the tensors of one parameter group
+  ~Optimizer() override;
+
+  /// One update from the gradients as they are. Returns the closure's loss, if any.
+  at::Tensor step(LossClosure closure = nullptr) override;
+  /// Copies of the exact weights, float32 (float64 where the weight or its master is).
+  std::vector<at::Tensor> master_params();
+  /// Sets weights and masters exactly; values that do not fit are refused before anything is written.
+  void set_master_params(const std::vector<at::Tensor>& values);
+  /// Masters follow weights that were edited behind the version counter; returns the elements changed.
+  int64_t refresh_masters();
+  /// The parameters, in the order of master_params(); tied parameters once.
+  std::vector<at::Tensor> distinct_parameters() const;
+  /// Steps skipped without a scaler, for a non-finite gradient.
+  int64_t steps_skipped() const { return steps_skipped_; }
+
+  void save(torch::serialize::OutputArchive& archive) const override;
+  /// Everything is checked first; a refused load leaves the optimizer as it was.
+  void load(torch::serialize::InputArchive& archive) override;
+
+ protected:
+  friend class halfstep::GradScaler;
+  Optimizer(std::vector<torch::optim::OptimizerParamGroup> groups, std::vector<std::string> names,
+            std::unique_ptr<torch::optim::OptimizerOptions> defaults, const char* kind);
+
+  virtual std::vector<const char*> state_names(
+      const torch::optim::OptimizerOptions& options) const = 0;
+  virtual void apply(Room& room, const at::Tensor& control) = 0;
+  /// Master, clip norm and skip rule of a group, whichever options type it has.
+  struct Common {
+    Master master;
+    std::optional<double> max_grad_norm;
+    bool skip_nonfinite;
+  };
+  virtual Common common(const torch::optim::OptimizerOptions& options) const = 0;
+
+  void make_rooms();
+  std::vector<std::pair<Room*, at::Tensor>> gather_stats();
+  void step_with(const at::Tensor& scale, const at::Tensor& found_inf, const at::Tensor& clip,
+                 const std::vector<std::pair<Room*, at::Tensor>>& stats, bool judged);
+  void follow_edits();
+
+  std::vector<std::unique_ptr<Room>> rooms_;
+  std::vector<std::string> names_;
+  const char* kind_;
+  at::Tensor control_;
+  int64_t steps_skipped_ = 0;
+};
+
+/// torch.optim.Adam's rule (weight decay added to the gradient) on exact masters.
+class HALFSTEP_API Adam : public Optimizer {
+ public:
+  explicit Adam(std::vector<at::Tensor> params, AdamOptions options = AdamOptions());
+  explicit Adam(const NamedParameters& params, AdamOptions options = AdamOptions());
+  explicit Adam(std::vector<torch::optim::OptimizerParamGroup> groups,
+                AdamOptions options = AdamOptions());
+
+ protected:
+  Adam(std::vector<torch::optim::OptimizerParamGroup> groups, std::vector<std::string> names,
+       std::unique_ptr<AdamOptions> defaults, bool decoupled);
+  std::vector<const char*> state_names(const torch::optim::OptimizerOptions&) const override;
+  void apply(Room& room, const at::Tensor& control) override;
+  Common common(const torch::optim::OptimizerOptions& options) const override;
+
+ private:
+  bool decoupled_ = false;
+};
+
+/// torch.optim.AdamW's rule (decoupled weight decay) on exact masters.
+class HALFSTEP_API AdamW : public Adam {
+ public:
+  explicit AdamW(std::vector<at::Tensor> params, AdamWOptions options = AdamWOptions());
+  explicit AdamW(const NamedParameters& params, AdamWOptions options = AdamWOptions());
+  explicit AdamW(std::vector<torch::optim::OptimizerParamGroup> groups,
+                 AdamWOptions options = AdamWOptions());
+};
+
+/// torch.optim.SGD's rule (momentum, dampening, nesterov, weight decay) on exact masters.
+class HALFSTEP_API SGD : public Optimizer {
+ public:
+  explicit SGD(std::vector<at::Tensor> params, SGDOptions options = SGDOptions());
+  explicit SGD(const NamedParameters& params, SGDOptions options = SGDOptions());
+  explicit SGD(std::vector<torch::optim::OptimizerParamGroup> groups,
+               SGDOptions options = SGDOptions());
+
+ protected:
+  std::vector<const char*> state_names(const torch::optim::OptimizerOptions&) const override;
+  void apply(Room& room, const at::Tensor& control) override;
+  Common common(const torch::optim::OptimizerOptions& options) const override;
+};
+
+}  // namespace optim
+}  // namespace halfstep
