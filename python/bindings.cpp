@@ -1,4 +1,5 @@
-// The untraced services of the Python package; everything that computes is an op of torch.ops.halfstep.
+// The untraced services of the Python package; everything that computes is an op of
+// torch.ops.halfstep.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

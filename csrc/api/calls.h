@@ -25,8 +25,8 @@ inline at::Tensor grad_stats(const OptionalTensors& grads) {
   return op.call(grads, {});
 }
 inline void unscale_(Tensors grads, const at::Tensor& inv_scale, const at::Tensor& found_inf) {
-  static const auto op = find_op<void(Tensors, const at::Tensor&, const at::Tensor&, Tensors)>(
-      "halfstep::unscale_");
+  static const auto op =
+      find_op<void(Tensors, const at::Tensor&, const at::Tensor&, Tensors)>("halfstep::unscale_");
   op.call(grads, inv_scale, found_inf, {});
 }
 inline void unscale_to_(Tensors outputs, Tensors grads, const at::Tensor& inv_scale,
@@ -46,8 +46,9 @@ inline at::Tensor step_control(Tensors stats, const OptionalTensor& scale,
 }
 inline void update_scale_(const at::Tensor& scale, const at::Tensor& state,
                           const at::Tensor& found_inf, const at::Tensor& policy) {
-  static const auto op = find_op<void(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                      const at::Tensor&)>("halfstep::update_scale_");
+  static const auto op =
+      find_op<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>(
+          "halfstep::update_scale_");
   op.call(scale, state, found_inf, policy);
 }
 inline at::Tensor init_scale_state(const at::Tensor& policy) {

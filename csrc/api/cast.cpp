@@ -52,9 +52,9 @@ void keep_exact(const at::Tensor& param, const at::Tensor& exact) {
   const std::lock_guard lock(kept_mutex);
   auto& values = kept_values();
   std::erase_if(values, [](const auto& entry) { return entry.second.owner.expired(); });
-  values.insert_or_assign(param.unsafeGetTensorImpl(),
-                          Kept{c10::weak_intrusive_ptr<c10::TensorImpl>(param.getIntrusivePtr()),
-                               exact});
+  values.insert_or_assign(
+      param.unsafeGetTensorImpl(),
+      Kept{c10::weak_intrusive_ptr<c10::TensorImpl>(param.getIntrusivePtr()), exact});
 }
 
 at::Tensor take_exact(const at::Tensor& param) {
@@ -75,9 +75,9 @@ void check_fits(const at::Tensor& value, const at::Tensor& shape_of, c10::Scalar
   const double limit = dtype == at::kHalf ? 65520.0 : 0x1.ffp127;
   const at::Tensor magnitude = value.detach().abs();
   const auto beyond = (magnitude >= limit).sum().item<int64_t>();
-  TORCH_CHECK(beyond == 0, "'", name, "' does not fit ", dtype, ": ", beyond, " of ",
-              value.numel(), " elements are at or beyond ", limit, " (largest ",
-              magnitude.max().item<double>(), "); keep it in FP32");
+  TORCH_CHECK(beyond == 0, "'", name, "' does not fit ", dtype, ": ", beyond, " of ", value.numel(),
+              " elements are at or beyond ", limit, " (largest ", magnitude.max().item<double>(),
+              "); keep it in FP32");
 }
 
 struct CastAccess {
@@ -95,8 +95,7 @@ CastOptions& CastOptions::keep_fp32(std::vector<std::string> globs) {
   return *this;
 }
 
-CastReport cast_model(torch::nn::Module& model, c10::ScalarType dtype,
-                      const CastOptions& options) {
+CastReport cast_model(torch::nn::Module& model, c10::ScalarType dtype, const CastOptions& options) {
   TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "cast_model: dtype is ", dtype,
               "; expected float16 or bfloat16");
   const at::NoGradGuard no_grad;
@@ -121,8 +120,7 @@ CastReport cast_model(torch::nn::Module& model, c10::ScalarType dtype,
   return report;
 }
 
-EvaluateIn::EvaluateIn(torch::nn::Module& model, optim::Optimizer& optimizer,
-                       c10::ScalarType dtype)
+EvaluateIn::EvaluateIn(torch::nn::Module& model, optim::Optimizer& optimizer, c10::ScalarType dtype)
     : model_(model), training_(model.is_training()) {
   const at::NoGradGuard no_grad;
   const auto masters = optimizer.master_params();
@@ -176,8 +174,8 @@ void read_module(torch::serialize::InputArchive& archive, const torch::nn::Modul
                  const std::string& prefix, std::vector<Loaded>& found) {
   const auto read = [&](const std::string& key, const at::Tensor& target, bool is_buffer) {
     at::Tensor value;
-    TORCH_CHECK(archive.try_read(key, value, is_buffer) && value.defined(), "load: the file has no '",
-                prefix, key, "'");
+    TORCH_CHECK(archive.try_read(key, value, is_buffer) && value.defined(),
+                "load: the file has no '", prefix, key, "'");
     check_fits(value, target, target.scalar_type(), prefix + key);
     found.push_back({target, value});
   };

@@ -251,11 +251,13 @@ at::Tensor GradScaler::step(torch::optim::Optimizer& optimizer,
         }
   } else {
     if (progress.stage == Stage::kReady) s.unscale(optimizer, progress);
-    TORCH_CHECK(progress.found_inf.defined(), "step: no parameter of this optimizer has a gradient");
+    TORCH_CHECK(progress.found_inf.defined(),
+                "step: no parameter of this optimizer has a gradient");
     const Stats stats = s.stock_stats(optimizer);
     std::vector<at::Tensor> tables;
     for (const auto& entry : stats) tables.push_back(entry.second);
-    s.record(stats, api::step_control(tables, std::nullopt, progress.found_inf, std::nullopt, -1.0));
+    s.record(stats,
+             api::step_control(tables, std::nullopt, progress.found_inf, std::nullopt, -1.0));
     if (progress.found_inf.item<float>() == 0) {
       at::Tensor result = optimizer.step();
       if (!loss.defined()) loss = result;
@@ -281,7 +283,8 @@ void GradScaler::update(std::optional<double> new_scale) {
     std::vector<at::Tensor> flags;
     for (const auto& [key, progress] : s.progress)
       if (progress.found_inf.defined()) flags.push_back(progress.found_inf);
-    TORCH_CHECK(!flags.empty(), "update: no inf checks were recorded; call step() or unscale_() first");
+    TORCH_CHECK(!flags.empty(),
+                "update: no inf checks were recorded; call step() or unscale_() first");
     api::update_scale_(s.scale, s.numbers, s.bad_of(flags), s.policy);
     ++s.updates;
     if (!s.norms.empty()) s.take_snapshot();
@@ -381,8 +384,8 @@ ScalerStats GradScaler::stats() const {
     const auto bad = int64_t(row[math::kStatFirstBad]);
     if (bad < 0 || !out.first_bad_param.empty()) continue;
     const auto& names = s.snapshot.names[i];
-    out.first_bad_param = size_t(bad) < names.size() ? names[size_t(bad)]
-                                                     : "parameter " + std::to_string(bad);
+    out.first_bad_param =
+        size_t(bad) < names.size() ? names[size_t(bad)] : "parameter " + std::to_string(bad);
   }
   out.zero_share = elements > 0 ? zeros / elements : 0;
   out.subnormal_share = elements > zeros ? subnormals / (elements - zeros) : 0;
@@ -412,14 +415,12 @@ void GradScaler::load(torch::serialize::InputArchive& archive) {
               "; this halfstep reads format 1");
   const at::Tensor numbers = state.toTensor(), rule = policy.toTensor();
   for (const at::Tensor& vector : {numbers, rule})
-    TORCH_CHECK(vector.scalar_type() == at::kDouble && vector.numel() == 16,
-                "scaler state holds ", vector.numel(), " numbers of ", vector.scalar_type(),
-                "; expected 16 of float64");
+    TORCH_CHECK(vector.scalar_type() == at::kDouble && vector.numel() == 16, "scaler state holds ",
+                vector.numel(), " numbers of ", vector.scalar_type(), "; expected 16 of float64");
   const double scale = numbers[math::kStateScale].item<double>();
   TORCH_CHECK(scale >= math::kLowestScale && scale <= math::kHighestScale,
               "scaler state has scale ", scale, "; expected between 2^-126 and 2^127");
-  for (int i = 0; i < math::kPolicyEntries; ++i)
-    s.rule.numbers[size_t(i)] = rule[i].item<double>();
+  for (int i = 0; i < math::kPolicyEntries; ++i) s.rule.numbers[size_t(i)] = rule[i].item<double>();
   s.loaded = numbers.clone();
   s.updates = updates.toInt();
   if (s.scale.defined()) s.make(s.scale.device());

@@ -68,15 +68,17 @@ const at::Tensor& Optimizer::Room::device_lr() {
 
 void Optimizer::Room::remember() {
   seen.clear();
-  for (const auto& leaf : leaves) seen.emplace_back(int64_t(leaf._version()), leaf.const_data_ptr());
+  for (const auto& leaf : leaves)
+    seen.emplace_back(int64_t(leaf._version()), leaf.const_data_ptr());
 }
 
 int64_t Optimizer::Room::refresh(bool only_edited, std::string* changed_names) {
   std::vector<at::Tensor> weights, kept;
   std::vector<size_t> which;
   for (const auto i : c10::irange(leaves.size())) {
-    const bool edited = seen[i] != std::make_pair(int64_t(leaves[i]._version()),
-                                                  static_cast<const void*>(leaves[i].const_data_ptr()));
+    const bool edited =
+        seen[i] != std::make_pair(int64_t(leaves[i]._version()),
+                                  static_cast<const void*>(leaves[i].const_data_ptr()));
     if (edited) params[i] = leaves[i].detach();
     if (masters[i].numel() == 0 || (only_edited && !edited)) continue;
     weights.push_back(params[i]);
@@ -111,9 +113,7 @@ void Optimizer::Room::report_overflow() {
 Optimizer::Optimizer(std::vector<torch::optim::OptimizerParamGroup> groups,
                      std::vector<std::string> names,
                      std::unique_ptr<torch::optim::OptimizerOptions> defaults, const char* kind)
-    : torch::optim::Optimizer(groups, std::move(defaults)),
-      names_(std::move(names)),
-      kind_(kind) {}
+    : torch::optim::Optimizer(groups, std::move(defaults)), names_(std::move(names)), kind_(kind) {}
 
 Optimizer::~Optimizer() = default;
 
@@ -135,9 +135,9 @@ void Optimizer::make_rooms() {
     const auto& params = param_groups_[g].params();
     for (size_t i = 0; i < params.size(); ++i) {
       const at::Tensor& param = params[i];
-      const std::string name = g == 0 && i < names_.size()
-                                   ? names_[i]
-                                   : "group " + std::to_string(g) + ", parameter " + std::to_string(i);
+      const std::string name = g == 0 && i < names_.size() ? names_[i]
+                                                           : "group " + std::to_string(g) +
+                                                                 ", parameter " + std::to_string(i);
       if (!inside.insert(param.unsafeGetTensorImpl()).second) continue;  // tied: stepped once
       TORCH_CHECK(owned.count(param.unsafeGetTensorImpl()) == 0, "'", name,
                   "' is in an earlier parameter group too");
@@ -208,8 +208,8 @@ void Optimizer::step_with(const at::Tensor& scale, const at::Tensor& found_inf,
   }
   for (const auto& room : rooms_)
     if (room->has_grads())
-      apply(*room, control_.defined() ? control_.to(room->steps.device(), at::kDouble, true)
-                                      : control_);
+      apply(*room,
+            control_.defined() ? control_.to(room->steps.device(), at::kDouble, true) : control_);
   if (!judged && control_.defined() && control_.is_cpu())
     steps_skipped_ += control_.const_data_ptr<double>()[math::kControlFoundInf] != 0;
   for (const auto& room : rooms_) {
@@ -281,7 +281,8 @@ int64_t Optimizer::refresh_masters() {
   return total;
 }
 
-// ---- checkpoints ---------------------------------------------------------------------------------
+// ---- checkpoints
+// ---------------------------------------------------------------------------------
 
 void Optimizer::save(torch::serialize::OutputArchive& archive) const {
   c10::Dict<std::string, at::Tensor> state;

@@ -68,12 +68,12 @@ Adam::Adam(const NamedParameters& params, AdamOptions options)
 Adam::Adam(Groups groups, AdamOptions options)
     : Adam(std::move(groups), {}, std::make_unique<AdamOptions>(options), false) {}
 
-AdamW::AdamW(std::vector<at::Tensor> params, AdamWOptions options)
-    : Adam(one_group(std::move(params)), {}, std::make_unique<AdamWOptions>(options), true) {}
-AdamW::AdamW(const NamedParameters& params, AdamWOptions options)
-    : Adam(one_group(params), params.keys(), std::make_unique<AdamWOptions>(options), true) {}
-AdamW::AdamW(Groups groups, AdamWOptions options)
-    : Adam(std::move(groups), {}, std::make_unique<AdamWOptions>(options), true) {}
+AdamW::AdamW(std::vector<at::Tensor> params, AdamOptions options)
+    : Adam(one_group(std::move(params)), {}, std::make_unique<AdamOptions>(options), true) {}
+AdamW::AdamW(const NamedParameters& params, AdamOptions options)
+    : Adam(one_group(params), params.keys(), std::make_unique<AdamOptions>(options), true) {}
+AdamW::AdamW(Groups groups, AdamOptions options)
+    : Adam(std::move(groups), {}, std::make_unique<AdamOptions>(options), true) {}
 
 std::vector<const char*> Adam::state_names(const torch::optim::OptimizerOptions& options) const {
   if (options_of<AdamOptions>(options, kind_).amsgrad())
@@ -87,10 +87,10 @@ Optimizer::Common Adam::common(const torch::optim::OptimizerOptions& options) co
 }
 
 void Adam::apply(Room& room, const at::Tensor& control) {
-  using Op = void(api::Tensors, const api::OptionalTensors&, api::Tensors, api::Tensors,
-                  api::Tensors, api::Tensors, const at::Tensor&, const at::Tensor&,
-                  const at::Tensor&, const api::OptionalTensor&, api::Tensors, double, double,
-                  double, double, bool, bool);
+  using Op =
+      void(api::Tensors, const api::OptionalTensors&, api::Tensors, api::Tensors, api::Tensors,
+           api::Tensors, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+           const api::OptionalTensor&, api::Tensors, double, double, double, double, bool, bool);
   static const auto adamw = api::find_op<Op>("halfstep::adamw_step_");
   static const auto adam = api::find_op<Op>("halfstep::adam_step_");
   const auto& o = options_of<AdamOptions>(room.group->options(), kind_);
@@ -128,11 +128,10 @@ Optimizer::Common SGD::common(const torch::optim::OptimizerOptions& options) con
 }
 
 void SGD::apply(Room& room, const at::Tensor& control) {
-  static const auto op =
-      api::find_op<void(api::Tensors, const api::OptionalTensors&, api::Tensors, api::Tensors,
-                        const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                        const api::OptionalTensor&, api::Tensors, double, double, double, bool,
-                        bool)>("halfstep::sgd_step_");
+  static const auto op = api::find_op<void(
+      api::Tensors, const api::OptionalTensors&, api::Tensors, api::Tensors, const at::Tensor&,
+      const at::Tensor&, const at::Tensor&, const api::OptionalTensor&, api::Tensors, double,
+      double, double, bool, bool)>("halfstep::sgd_step_");
   const auto& o = options_of<SGDOptions>(room.group->options(), kind_);
   op.call(room.params, room.grads(), room.masters,
           o.momentum() != 0 ? api::Tensors(room.states["momentum_buffer"]) : api::Tensors(),

@@ -36,17 +36,15 @@ class Blocks {
   }
   int64_t total() const { return end_; }
   int64_t first(size_t tensor) const { return first_[tensor]; }
-  int64_t count(size_t tensor) const {
-    return (numels_[tensor] + math::kBlock - 1) / math::kBlock;
-  }
+  int64_t count(size_t tensor) const { return (numels_[tensor] + math::kBlock - 1) / math::kBlock; }
 
   /// body(tensor, block, begin, end) for every block, in parallel.
   template <class Body>
   void for_each(const Body& body) const {
     constexpr int64_t kGrain = 8;  // 32,768 elements: below that a thread costs more than it brings
     at::parallel_for(0, total(), kGrain, [&](int64_t begin, int64_t end) {
-      size_t tensor = size_t(std::upper_bound(first_.begin(), first_.end(), begin) -
-                             first_.begin()) - 1;
+      size_t tensor =
+          size_t(std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin()) - 1;
       for (int64_t block = begin; block < end; ++block) {
         while (block >= first_[tensor] + count(tensor)) ++tensor;
         const int64_t start = (block - first_[tensor]) * math::kBlock;

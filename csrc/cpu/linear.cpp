@@ -1,7 +1,8 @@
-// aten::linear and aten::matmul in 16 bits on CPUs without a 16-bit unit: operands are widened to FP32,
-// multiplied by the stock FP32 kernel and rounded once. The stock 16-bit path is 40 to 500 times slower
-// than FP32 there (pytorch#146508). Every other dtype goes to the stock kernel as it is.
-// The graph keeps the 16-bit tensors, not their FP32 copies. Tests: tests/python/test_overrides.py.
+// aten::linear and aten::matmul in 16 bits on CPUs without a 16-bit unit: operands are widened to
+// FP32, multiplied by the stock FP32 kernel and rounded once. The stock 16-bit path is 40 to 500
+// times slower than FP32 there (pytorch#146508). Every other dtype goes to the stock kernel as it
+// is. The graph keeps the 16-bit tensors, not their FP32 copies. Tests:
+// tests/python/test_overrides.py.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/linear.h>
@@ -28,8 +29,7 @@ bool widens(const at::Tensor& a, const at::Tensor& b) {
 at::Tensor wide_linear(const at::Tensor& input, const at::Tensor& weight,
                        const OptionalTensor& bias) {
   const auto wide_bias = bias && bias->defined() ? OptionalTensor(bias->to(at::kFloat)) : bias;
-  return at::linear(input.to(at::kFloat), weight.to(at::kFloat), wide_bias)
-      .to(input.scalar_type());
+  return at::linear(input.to(at::kFloat), weight.to(at::kFloat), wide_bias).to(input.scalar_type());
 }
 
 at::Tensor wide_matmul(const at::Tensor& a, const at::Tensor& b) {
@@ -70,8 +70,10 @@ struct Matmul : torch::autograd::Function<Matmul> {  // both operands have two d
     const at::Tensor &a = saved[0], &b = saved[1], &grad = grads[0];
     if (!grad.defined()) return {{}, {}};
     at::Tensor grad_a, grad_b;
-    if (ctx->needs_input_grad(0)) grad_a = at::matmul(grad, b.mT()).sum_to_size_symint(a.sym_sizes());
-    if (ctx->needs_input_grad(1)) grad_b = at::matmul(a.mT(), grad).sum_to_size_symint(b.sym_sizes());
+    if (ctx->needs_input_grad(0))
+      grad_a = at::matmul(grad, b.mT()).sum_to_size_symint(a.sym_sizes());
+    if (ctx->needs_input_grad(1))
+      grad_b = at::matmul(a.mT(), grad).sum_to_size_symint(b.sym_sizes());
     return {grad_a, grad_b};
   }
 };

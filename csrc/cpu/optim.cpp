@@ -43,7 +43,7 @@ at::Tensor in_layout_of(const at::Tensor& tensor, const at::Tensor& like) {
 /// The parameters of a group that have a gradient.
 struct Work {
   std::vector<StepTensor> tensors;
-  std::vector<size_t> index;          ///< position in the group
+  std::vector<size_t> index;  ///< position in the group
   std::vector<at::Tensor> keep_alive;
   Blocks blocks;
 
@@ -154,8 +154,8 @@ std::vector<at::Tensor> read_masters(at::TensorList params, at::TensorList maste
   ops::check_masters("read_masters", params, masters);
   std::vector<at::Tensor> values;
   for (size_t i = 0; i < params.size(); ++i)
-    values.push_back(at::empty_like(params[i], params[i].options().dtype(
-                                                   ops::compute_type(params[i], masters[i]))));
+    values.push_back(at::empty_like(
+        params[i], params[i].options().dtype(ops::compute_type(params[i], masters[i]))));
   for_each_master(params, masters, nullptr,
                   [&](const StepTensor& t, size_t i, int64_t begin, int64_t end) {
                     kernels().read_masters(t, values[i].data_ptr(), begin, end);

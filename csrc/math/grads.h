@@ -8,10 +8,11 @@ namespace halfstep::math {
 
 /// Columns of the float64 [n + 1, 8] result of grad_stats; the last row holds the totals.
 enum StatColumn : int {
-  kStatNonfinite = 0,   ///< elements that are inf or NaN
-  kStatSumSquares = 1,  ///< sum of x^2 as stored (still scaled); non-finite with a non-finite element
-  kStatAmax = 2,        ///< max |x|; NaN counts as larger than inf
-  kStatZeros = 3,       ///< elements equal to 0 (either sign)
+  kStatNonfinite = 0,  ///< elements that are inf or NaN
+  kStatSumSquares =
+      1,           ///< sum of x^2 as stored (still scaled); non-finite with a non-finite element
+  kStatAmax = 2,   ///< max |x|; NaN counts as larger than inf
+  kStatZeros = 3,  ///< elements equal to 0 (either sign)
   kStatSubnormals = 4,  ///< elements with 0 < |x| < 2^-14, FP16's subnormal range, in any dtype
   kStatCount = 5,       ///< elements
   kStatFirstBad = 6,    ///< totals: index of the first tensor with a non-finite element, or -1
@@ -56,7 +57,8 @@ struct BlockStats {
 HALFSTEP_MATH_BEGIN
 
 /// One row of grad_stats.
-HALFSTEP_FN void write_stats_row(double* row, const BlockStats& s, int64_t numel, double first_bad) {
+HALFSTEP_FN void write_stats_row(double* row, const BlockStats& s, int64_t numel,
+                                 double first_bad) {
   row[kStatNonfinite] = double(s.nonfinite);
   row[kStatSumSquares] = s.sum_squares;
   row[kStatAmax] = s.amax;

@@ -10,13 +10,13 @@ namespace halfstep::math {
 
 /// What is constant over a tensor in one Adam or AdamW step.
 struct AdamStep {
-  double multiplier;    ///< on the gradient: clip / scale, negative when maximizing
-  double l2;            ///< Adam's weight decay, added to the gradient
-  double decay;         ///< AdamW's 1 - lr * weight_decay
-  double blend1;        ///< 1 - beta1
+  double multiplier;     ///< on the gradient: clip / scale, negative when maximizing
+  double l2;             ///< Adam's weight decay, added to the gradient
+  double decay;          ///< AdamW's 1 - lr * weight_decay
+  double blend1;         ///< 1 - beta1
   double beta2, blend2;  ///< blend2 = 1 - beta2
-  double step_size;     ///< lr / (1 - beta1^t)
-  double root_scale;    ///< 1 / sqrt(1 - beta2^t)
+  double step_size;      ///< lr / (1 - beta1^t)
+  double root_scale;     ///< 1 / sqrt(1 - beta2^t)
   double eps;
   bool amsgrad;
 };

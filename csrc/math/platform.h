@@ -1,6 +1,7 @@
 #pragma once
 
-// What every formula header stands on: no torch, no CUDA runtime, the standard library's types only.
+// What every formula header stands on: no torch, no CUDA runtime, the standard library's types
+// only.
 
 #include <cstdint>
 #include <cstring>
@@ -11,17 +12,18 @@
 #define HALFSTEP_FN inline __attribute__((always_inline))
 #endif
 
-// The CPU kernels are compiled once per instruction set. Each compilation lives in a namespace of its
-// own, so that the linker can never keep an AVX-512 copy of a function that a plain CPU then calls.
+// The CPU kernels are compiled once per instruction set. Each compilation lives in a namespace of
+// its own, so that the linker can never keep an AVX-512 copy of a function that a plain CPU then
+// calls.
 #ifndef HALFSTEP_ISA
 #define HALFSTEP_ISA isa_generic
 #endif
 
-#define HALFSTEP_MATH_BEGIN \
+#define HALFSTEP_MATH_BEGIN  \
   namespace halfstep::math { \
   inline namespace HALFSTEP_ISA {
 #define HALFSTEP_MATH_END \
-  } \
+  }                       \
   }
 
 // Plain data types are the same in every compilation and stay outside that namespace.

@@ -1,9 +1,9 @@
 #pragma once
 
-// The loss scale as one small state machine. A policy is sixteen numbers, a state is sixteen numbers;
-// both live in float64 tensors on the device, so a captured step replays with changed contents.
-// Rules: torch/amp (_amp_update_scale_), NVIDIA/Megatron-LM DynamicGradScaler, NVIDIA/apex amp and
-// update_scale_hysteresis.
+// The loss scale as one small state machine. A policy is sixteen numbers, a state is sixteen
+// numbers; both live in float64 tensors on the device, so a captured step replays with changed
+// contents. Rules: torch/amp (_amp_update_scale_), NVIDIA/Megatron-LM DynamicGradScaler,
+// NVIDIA/apex amp and update_scale_hysteresis.
 
 #include "platform.h"
 
@@ -32,18 +32,18 @@ enum PolicyEntry : int {
 
 enum StateEntry : int {
   kStateScale = 0,
-  kStateGrowthTracker = 1,     ///< clean steps since the last growth, back-off or bad step
+  kStateGrowthTracker = 1,  ///< clean steps since the last growth, back-off or bad step
   kStateHysteresisLeft = 2,
-  kStateCleanSteps = 3,        ///< clean steps in a row
-  kStateStepsApplied = 4,      ///< clean updates in all
-  kStateStepsSkipped = 5,      ///< bad updates in all
+  kStateCleanSteps = 3,    ///< clean steps in a row
+  kStateStepsApplied = 4,  ///< clean updates in all
+  kStateStepsSkipped = 5,  ///< bad updates in all
   kStateConsecutiveSkips = 6,
-  kStateLastFoundInf = 7,      ///< 1 when the last update was bad
+  kStateLastFoundInf = 7,  ///< 1 when the last update was bad
   kStateEntries = 16,
 };
 
-/// Smallest and largest scale that any policy may hold: both the scale and its reciprocal are finite
-/// in FP32.
+/// Smallest and largest scale that any policy may hold: both the scale and its reciprocal are
+/// finite in FP32.
 constexpr double kLowestScale = 0x1p-126;
 constexpr double kHighestScale = 0x1p127;
 
@@ -52,7 +52,8 @@ constexpr double kHighestScale = 0x1p127;
 HALFSTEP_MATH_BEGIN
 
 HALFSTEP_FN double bounded_scale(const double* policy, double scale) {
-  const double low = policy[kPolicyMinScale] > kLowestScale ? policy[kPolicyMinScale] : kLowestScale;
+  const double low =
+      policy[kPolicyMinScale] > kLowestScale ? policy[kPolicyMinScale] : kLowestScale;
   const double high =
       policy[kPolicyMaxScale] < kHighestScale ? policy[kPolicyMaxScale] : kHighestScale;
   if (!(scale >= low)) return low;  // NaN too

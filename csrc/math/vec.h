@@ -1,8 +1,9 @@
 #pragma once
 
-// Sixteen lanes, whatever the registers: one zmm, two ymm or four xmm. A kernel written on Pack runs
-// the same operations in the same order on every instruction set, so its results are bit-equal. The
-// free functions are also defined for plain float and double: the device instantiates those.
+// Sixteen lanes, whatever the registers: one zmm, two ymm or four xmm. A kernel written on Pack
+// runs the same operations in the same order on every instruction set, so its results are
+// bit-equal. The free functions are also defined for plain float and double: the device
+// instantiates those.
 
 #include "half.h"
 
@@ -362,8 +363,7 @@ HALFSTEP_FN F32 load_bfloat(const uint16_t* from) {
 }
 HALFSTEP_FN I32 bfloat_bits(const F32& a) {
   const I32 bits = to_bits(a);
-  const I32 rounded =
-      (bits + broadcast<I32>(0x7fff) + ((bits >> 16) & broadcast<I32>(1))) >> 16;
+  const I32 rounded = (bits + broadcast<I32>(0x7fff) + ((bits >> 16) & broadcast<I32>(1))) >> 16;
   const I32 nan = (bits >> 16) | broadcast<I32>(0x40);
   return select<int32_t>(a == a, rounded, nan);
 }
@@ -377,7 +377,8 @@ HALFSTEP_FN V broadcast(V x) {
 }
 #endif  // !__CUDACC__
 
-// ---- the same memory accesses, one element at a time ---------------------------------------------
+// ---- the same memory accesses, one element at a time
+// ---------------------------------------------
 /// Reads element `i` of a tensor of any dtype as the compute type.
 template <class T>
 HALFSTEP_FN T load_scalar(const void* from, Dtype dtype, int64_t i) {

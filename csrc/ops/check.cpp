@@ -38,8 +38,8 @@ void check_flat(const char* op, const std::string& name, const at::Tensor& tenso
 
 void check_like(const char* op, const std::string& name, const at::Tensor& tensor,
                 const std::string& reference_name, const at::Tensor& reference) {
-  TORCH_CHECK(tensor.sym_sizes() == reference.sym_sizes(), op, ": ", name, " is ",
-              describe(tensor), " but ", reference_name, " is ", describe(reference));
+  TORCH_CHECK(tensor.sym_sizes() == reference.sym_sizes(), op, ": ", name, " is ", describe(tensor),
+              " but ", reference_name, " is ", describe(reference));
   TORCH_CHECK(tensor.device() == reference.device(), op, ": ", name, " is on ", tensor.device(),
               " but ", reference_name, " is on ", reference.device());
 }
@@ -74,8 +74,8 @@ bool is_supported_float(at::ScalarType type) {
 at::ScalarType compute_type(const at::Tensor& param, const at::Tensor& master) {
   // An empty master means none, unless the parameter is empty too.
   const bool present = has_elements(master) || !has_elements(param);
-  const bool wide = param.scalar_type() == at::kDouble ||
-                    (present && master.scalar_type() == at::kDouble);
+  const bool wide =
+      param.scalar_type() == at::kDouble || (present && master.scalar_type() == at::kDouble);
   return wide ? at::kDouble : at::kFloat;
 }
 
@@ -100,10 +100,10 @@ void check_masters(const char* op, at::TensorList params, at::TensorList masters
     if (!has_elements(master)) continue;
     const auto type = master.scalar_type();
     const bool fits = type == at::kShort || type == at::kFloat ? is_sixteen(param.scalar_type())
-                      : type == at::kDouble ? param.scalar_type() != at::kDouble
-                                            : false;
-    TORCH_CHECK(fits, op, ": ", item("masters", i), " is ", describe(master), " but ", name,
-                " is ", describe(param),
+                      : type == at::kDouble                    ? param.scalar_type() != at::kDouble
+                                                               : false;
+    TORCH_CHECK(fits, op, ": ", item("masters", i), " is ", describe(master), " but ", name, " is ",
+                describe(param),
                 "; a master is int16 or float32 beside a 16-bit parameter, or float64 beside a "
                 "narrower one");
     check_like_flat(op, item("masters", i), master, name, param);
@@ -155,7 +155,8 @@ void check_control(const char* op, const std::optional<at::Tensor>& control) {
   if (!control) return;
   TORCH_CHECK(control->scalar_type() == at::kDouble && control->sym_numel() == 4 &&
                   control->is_contiguous(),
-              op, ": control is ", describe(*control), "; expected torch.float64[4] of step_control");
+              op, ": control is ", describe(*control),
+              "; expected torch.float64[4] of step_control");
 }
 
 void check_values(const char* op, at::TensorList values, at::TensorList params,

@@ -26,7 +26,8 @@ struct StepLists {
 };
 
 bool is_supported_float(at::ScalarType type);
-/// Dtype that the update of parameter `index` is computed in: double where it or its master is FP64.
+/// Dtype that the update of parameter `index` is computed in: double where it or its master is
+/// FP64.
 at::ScalarType compute_type(const at::Tensor& param, const at::Tensor& master);
 
 void check_same_length(const char* op, const char* list, size_t length, const char* reference,

@@ -13,15 +13,20 @@ namespace halfstep::ops {
 namespace {
 
 constexpr const char* kSchemas[] = {
-    // float64 [n + 1, 8] on the gradients' device; columns in csrc/math/grads.h (StatColumn). Row i is
+    // float64 [n + 1, 8] on the gradients' device; columns in csrc/math/grads.h (StatColumn). Row i
+    // is
     // gradient i (None: a row of zeros), the last row the totals. Reads each gradient once.
     "grad_stats(Tensor?[] grads, Tensor(a!)[] table) -> Tensor",
-    // grads *= inv_scale in place; found_inf becomes 1 when an element is non-finite before or after.
-    "unscale_(Tensor(a!)[] grads, Tensor inv_scale, Tensor(b!) found_inf, Tensor(t!)[] table) -> ()",
-    // outputs = grads * inv_scale with one rounding to the outputs' dtype; grads are left as they are.
+    // grads *= inv_scale in place; found_inf becomes 1 when an element is non-finite before or
+    // after.
+    "unscale_(Tensor(a!)[] grads, Tensor inv_scale, Tensor(b!) found_inf, Tensor(t!)[] table) -> "
+    "()",
+    // outputs = grads * inv_scale with one rounding to the outputs' dtype; grads are left as they
+    // are.
     "unscale_to_(Tensor(a!)[] outputs, Tensor[] grads, Tensor inv_scale, Tensor(b!) found_inf, "
     "Tensor(t!)[] table) -> ()",
-    // float64 [4]: {found_inf, multiplier, norm, clip} (ControlEntry). `stats` may be empty; found_inf
+    // float64 [4]: {found_inf, multiplier, norm, clip} (ControlEntry). `stats` may be empty;
+    // found_inf
     // is OR-ed in (not 0, or NaN); clip is a further factor; max_norm < 0 means no clipping.
     "step_control(Tensor[] stats, Tensor? scale, Tensor? found_inf, Tensor? clip, float max_norm) "
     "-> Tensor",
@@ -70,8 +75,8 @@ void check_step_control(at::TensorList stats, const std::optional<at::Tensor>& s
   if (scale) check_scalar("step_control", "scale", *scale, at::kFloat);
   if (found_inf) check_scalar("step_control", "found_inf", *found_inf, at::kFloat);
   if (clip)
-    TORCH_CHECK(clip->sym_numel() == 1 && (clip->scalar_type() == at::kFloat ||
-                                           clip->scalar_type() == at::kDouble),
+    TORCH_CHECK(clip->sym_numel() == 1 &&
+                    (clip->scalar_type() == at::kFloat || clip->scalar_type() == at::kDouble),
                 "step_control: clip is ", describe(*clip),
                 "; expected one element of torch.float32 or torch.float64");
 }

@@ -3,13 +3,13 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-// One step of an optimizer over all parameters of a group, and the conversions between exact weights
-// and what is held for them. Update rules: csrc/math/optim.h; split16: csrc/math/split16.h.
+// One step of an optimizer over all parameters of a group, and the conversions between exact
+// weights and what is held for them. Update rules: csrc/math/optim.h; split16: csrc/math/split16.h.
 //
-// Common to the steps. Lists have one entry a parameter; grads[i] None: the parameter is not touched;
-// masters[i]: empty (none), int16 (split16) or float32/float64. States are in the compute type:
-// float32, or float64 where the parameter or its master is. steps, overflowed: int64 [n]; lr: one
-// float64; control: float64 [4] of step_control, None to apply the gradients as they are. With
+// Common to the steps. Lists have one entry a parameter; grads[i] None: the parameter is not
+// touched; masters[i]: empty (none), int16 (split16) or float32/float64. States are in the compute
+// type: float32, or float64 where the parameter or its master is. steps, overflowed: int64 [n]; lr:
+// one float64; control: float64 [4] of step_control, None to apply the gradients as they are. With
 // control[0] != 0 nothing is written at all.
 
 namespace halfstep::ops {
@@ -29,15 +29,16 @@ constexpr const char* kSchemas[] = {
     "Tensor(c!)[] momentum_buffers, Tensor(d!) steps, Tensor(e!) overflowed, Tensor lr, "
     "Tensor? control, Tensor(t!)[] table, *, float momentum, float dampening, float weight_decay, "
     "bool nesterov, bool maximize) -> ()",
-    // values (any float dtype) -> weights and masters; overflowed[i] counts the elements that do not
-    // fit the 16-bit range, which keep what they were.
+    // values (any float dtype) -> weights and masters; overflowed[i] counts the elements that do
+    // not fit the 16-bit range, which keep what they were.
     "write_masters_(Tensor[] values, Tensor(a!)[] params, Tensor(b!)[] masters, "
     "Tensor(c!) overflowed) -> ()",
     // The exact weights in the compute type.
     "read_masters(Tensor[] params, Tensor[] masters) -> Tensor[]",
     // Masters that do not round to their weight take the weight's value; changed[i] counts them.
     // dry_run counts only.
-    "refresh_masters_(Tensor[] params, Tensor(a!)[] masters, Tensor(b!) changed, bool dry_run) -> ()",
+    "refresh_masters_(Tensor[] params, Tensor(a!)[] masters, Tensor(b!) changed, bool dry_run) -> "
+    "()",
 };
 
 void nothing_adam(const char*, bool, const AdamArgs&) {}
@@ -53,8 +54,8 @@ std::vector<at::Tensor> read_masters_meta(at::TensorList params, at::TensorList 
   check_masters("read_masters", params, masters);
   std::vector<at::Tensor> values;
   for (size_t i = 0; i < params.size(); ++i)
-    values.push_back(at::empty_like(params[i], params[i].options().dtype(
-                                                   compute_type(params[i], masters[i]))));
+    values.push_back(
+        at::empty_like(params[i], params[i].options().dtype(compute_type(params[i], masters[i]))));
   return values;
 }
 

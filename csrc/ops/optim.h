@@ -45,9 +45,9 @@ void adam_op(at::TensorList params, const OptionalTensors& grads, at::TensorList
              const std::optional<at::Tensor>& control, at::TensorList table, double beta1,
              double beta2, double eps, double weight_decay, bool amsgrad, bool maximize) {
   const char* op = kDecoupled ? "adamw_step_" : "adam_step_";
-  const AdamArgs args{params, grads,      masters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
-                      steps,  overflowed, lr,      control,  table,       beta1,
-                      beta2,  eps,        weight_decay, amsgrad, maximize};
+  const AdamArgs args{params, grads,      masters,      exp_avgs, exp_avg_sqs, max_exp_avg_sqs,
+                      steps,  overflowed, lr,           control,  table,       beta1,
+                      beta2,  eps,        weight_decay, amsgrad,  maximize};
   check_adam(op, args);
   kRun(op, kDecoupled, args);
 }
@@ -57,8 +57,9 @@ void sgd_op(at::TensorList params, const OptionalTensors& grads, at::TensorList 
             at::TensorList momentum_buffers, const at::Tensor& steps, const at::Tensor& overflowed,
             const at::Tensor& lr, const std::optional<at::Tensor>& control, at::TensorList table,
             double momentum, double dampening, double weight_decay, bool nesterov, bool maximize) {
-  const SgdArgs args{params,  grads, masters,  momentum_buffers, steps,    overflowed, lr,
-                     control, table, momentum, dampening,        weight_decay, nesterov, maximize};
+  const SgdArgs args{params,   grads,   masters, momentum_buffers, steps,     overflowed,
+                     lr,       control, table,   momentum,         dampening, weight_decay,
+                     nesterov, maximize};
   check_sgd(args);
   kRun(args);
 }

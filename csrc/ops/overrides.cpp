@@ -20,7 +20,8 @@ std::atomic<bool>& enabled_flag() {
   return flag;
 }
 
-/// Asks oneDNN through torch's own op, so that ONEDNN_MAX_CPU_ISA counts; false where torch has none.
+/// Asks oneDNN through torch's own op, so that ONEDNN_MAX_CPU_ISA counts; false where torch has
+/// none.
 bool unit(const char* op) {
   const auto handle = c10::Dispatcher::singleton().findSchema({op, ""});
   return handle && handle->typed<bool()>().call();

@@ -45,7 +45,7 @@ TEST_CASE("float to half rounds to nearest even, as c10 does", "[math]") {
 TEST_CASE("the limits of FP16", "[math]") {
   CHECK(half_to_float(float_to_half(65519.99f)) == 65504.0f);
   CHECK(std::isinf(half_to_float(float_to_half(65520.0f))));
-  CHECK(float_to_half(0x1p-25f) == 0);                            // a tie, to even
+  CHECK(float_to_half(0x1p-25f) == 0);                               // a tie, to even
   CHECK(half_to_float(float_to_half(0x1.000002p-25f)) == 0x1p-24f);  // just above it
   CHECK(float_to_half(-0.0f) == 0x8000);
 }

@@ -44,8 +44,8 @@ std::vector<std::vector<bool>> strings(int interval) {
   std::vector<bool> alternate, before, at;
   for (int i = 0; i < 5'000; ++i) {
     alternate.push_back(i % 2);
-    before.push_back(i % interval == interval - 1);      // W-1 clean steps, then a bad one
-    at.push_back(i % (interval + 1) == interval);        // bad right after the growth step
+    before.push_back(i % interval == interval - 1);  // W-1 clean steps, then a bad one
+    at.push_back(i % (interval + 1) == interval);    // bad right after the growth step
   }
   all.insert(all.end(), {alternate, before, at});
   return all;

@@ -7,9 +7,11 @@
 
 int main() {
   torch::manual_seed(0);
-  auto net = torch::nn::Sequential(torch::nn::Linear(16, 32), torch::nn::ReLU(), torch::nn::Linear(32, 2));
+  auto net =
+      torch::nn::Sequential(torch::nn::Linear(16, 32), torch::nn::ReLU(), torch::nn::Linear(32, 2));
   halfstep::cast_model(*net);
-  halfstep::optim::AdamW opt(net->named_parameters(), halfstep::optim::AdamWOptions(2e-2).max_grad_norm(1.0));
+  halfstep::optim::AdamW opt(net->named_parameters(),
+                             halfstep::optim::AdamWOptions(2e-2).max_grad_norm(1.0));
   halfstep::GradScaler scaler;
   const auto x = torch::randn({64, 16});
   const auto y = (x.select(1, 0) > 0).to(torch::kLong);
@@ -27,6 +29,7 @@ int main() {
     last = loss.item<double>();
     if (step == 0) first = last;
   }
-  std::cout << "loss " << first << " -> " << last << ", applied " << scaler.stats().steps_applied << "\n";
+  std::cout << "loss " << first << " -> " << last << ", applied " << scaler.stats().steps_applied
+            << "\n";
   return last < 0.5 * first ? 0 : 1;
 }

@@ -1,8 +1,10 @@
-// grad_stats:  per block of 4,096 elements: count of non-finite, sum of squares, amax, zeros, subnormals.
+// grad_stats:  per block of 4,096 elements: count of non-finite, sum of squares, amax, zeros,
+// subnormals.
 //   One read of each gradient, nothing written: 2 bytes an FP16 parameter.
 //   FP16: squares in FP32 lanes for 64 terms (65504^2 * 64 is far from overflow), then FP64 lanes.
 //   Other dtypes: FP64 lanes from the start, since their squares overflow or vanish in FP32.
-//   Lanes are added as ((0+8)+(4+12))+...: one fixed tree, so every instruction set gives the same bits.
+//   Lanes are added as ((0+8)+(4+12))+...: one fixed tree, so every instruction set gives the same
+//   bits.
 // unscale:  one read, one write.
 // Tests: tests/cpp/grads_test.cpp, tests/python/test_grads.py.
 
@@ -195,7 +197,8 @@ bool unscale(const void* input, Dtype input_dtype, void* output, Dtype output_dt
   }
   const bool bad = any((finite_before & finite_after) != broadcast<I32>(-1));
   return unscale_scalar<float>(input, input_dtype, output, output_dtype, float(inv_scale), i,
-                               count) || bad;
+                               count) ||
+         bad;
 }
 
 }  // namespace halfstep::cpu::inline HALFSTEP_ISA

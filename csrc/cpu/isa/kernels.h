@@ -17,11 +17,11 @@ using math::MasterKind;
 /// One parameter of a step; pointers to dense memory in one common layout.
 struct StepTensor {
   void* param = nullptr;
-  void* master = nullptr;      ///< null without a master
+  void* master = nullptr;  ///< null without a master
   const void* grad = nullptr;
-  void* state1 = nullptr;      ///< exp_avg or momentum buffer (compute type), or null
-  void* state2 = nullptr;      ///< exp_avg_sq, or null
-  void* state3 = nullptr;      ///< max_exp_avg_sq, or null
+  void* state1 = nullptr;  ///< exp_avg or momentum buffer (compute type), or null
+  void* state2 = nullptr;  ///< exp_avg_sq, or null
+  void* state3 = nullptr;  ///< max_exp_avg_sq, or null
   Dtype param_dtype = Dtype::kF32;
   MasterKind master_kind = MasterKind::kNone;
   Dtype grad_dtype = Dtype::kF32;
@@ -44,7 +44,8 @@ struct Kernels {
 
   /// Writes weight and master from values of the compute type; returns how many elements do not fit
   /// the 16-bit range and were left alone.
-  int64_t (*write_masters)(const StepTensor& tensor, const void* values, int64_t begin, int64_t end);
+  int64_t (*write_masters)(const StepTensor& tensor, const void* values, int64_t begin,
+                           int64_t end);
   /// Reads the exact weight into values of the compute type.
   void (*read_masters)(const StepTensor& tensor, void* values, int64_t begin, int64_t end);
   /// Masters that do not round to their weight: counted and, unless `dry_run`, set to the weight.

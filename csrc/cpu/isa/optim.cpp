@@ -1,8 +1,9 @@
 // adam, sgd:  unscale x clip x update x 16-bit write in one pass; formulas in csrc/math/optim.h.
 //   Bytes an FP16 parameter with split16 and FP32 states: gradient 2, weight 2+2, remainder 2+2,
 //   m 4+4, v 4+4 = 26 (and 2 of grad_stats).
-//   An element whose 16-bit weight would leave its range keeps weight, master and states, and counts.
-//   Safe when the parameter is also its own master or gradient: each group is read before it is written.
+//   An element whose 16-bit weight would leave its range keeps weight, master and states, and
+//   counts. Safe when the parameter is also its own master or gradient: each group is read before
+//   it is written.
 // write_masters, read_masters, refresh_masters:  conversions between exact values and what is held.
 // Tests: tests/cpp/optim_test.cpp, tests/python/test_optim.py.
 
@@ -40,29 +41,30 @@ int64_t adam_pass(const StepTensor& t, const AdamStep& step, int64_t begin, int6
       {true, true, false, true, true, true}};
   const AdamStep c = step;
   const Dtype grad_dtype = t.grad_dtype;
-  return walk(arrays, begin, end, [&](char* const* data, int64_t i) __attribute__((always_inline)) {
-    V p = S::load(data[0], data[1], i);
-    V m = load_state<V>(data[3], i), v = load_state<V>(data[4], i), v_max = v;
-    if constexpr (kAmsgrad) v_max = load_state<V>(data[5], i);
-    const V old_p = p, old_m = m, old_v = v, old_max = v_max;
-    adam_update(c, load_any<V>(data[2], grad_dtype, i), p, m, v, v_max);
-    int64_t kept = 0;
-    if constexpr (S::kSixteen) {
-      const auto leaves = S::leaves_range(p);
-      if (__builtin_expect(any(leaves), 0)) {
-        kept = count(leaves);
-        keep(leaves, p, old_p);
-        keep(leaves, m, old_m);
-        keep(leaves, v, old_v);
-        keep(leaves, v_max, old_max);
-      }
-    }
-    S::store(data[0], data[1], i, p);
-    store_state(data[3], i, m);
-    store_state(data[4], i, v);
-    if constexpr (kAmsgrad) store_state(data[5], i, v_max);
-    return kept;
-  });
+  return walk(
+      arrays, begin, end, [&](char* const* data, int64_t i) __attribute__((always_inline)) {
+        V p = S::load(data[0], data[1], i);
+        V m = load_state<V>(data[3], i), v = load_state<V>(data[4], i), v_max = v;
+        if constexpr (kAmsgrad) v_max = load_state<V>(data[5], i);
+        const V old_p = p, old_m = m, old_v = v, old_max = v_max;
+        adam_update(c, load_any<V>(data[2], grad_dtype, i), p, m, v, v_max);
+        int64_t kept = 0;
+        if constexpr (S::kSixteen) {
+          const auto leaves = S::leaves_range(p);
+          if (__builtin_expect(any(leaves), 0)) {
+            kept = count(leaves);
+            keep(leaves, p, old_p);
+            keep(leaves, m, old_m);
+            keep(leaves, v, old_v);
+            keep(leaves, v_max, old_max);
+          }
+        }
+        S::store(data[0], data[1], i, p);
+        store_state(data[3], i, m);
+        store_state(data[4], i, v);
+        if constexpr (kAmsgrad) store_state(data[5], i, v_max);
+        return kept;
+      });
 }
 
 template <class S, bool kMomentum>
@@ -76,24 +78,25 @@ int64_t sgd_pass(const StepTensor& t, const SgdStep& step, int64_t begin, int64_
       {true, true, false, true}};
   const SgdStep c = step;
   const Dtype grad_dtype = t.grad_dtype;
-  return walk(arrays, begin, end, [&](char* const* data, int64_t i) __attribute__((always_inline)) {
-    V p = S::load(data[0], data[1], i), buffer = broadcast<V>(0);
-    if constexpr (kMomentum) buffer = load_state<V>(data[3], i);
-    const V old_p = p, old_buffer = buffer;
-    sgd_update(c, load_any<V>(data[2], grad_dtype, i), p, buffer);
-    int64_t kept = 0;
-    if constexpr (S::kSixteen) {
-      const auto leaves = S::leaves_range(p);
-      if (__builtin_expect(any(leaves), 0)) {
-        kept = count(leaves);
-        keep(leaves, p, old_p);
-        keep(leaves, buffer, old_buffer);
-      }
-    }
-    S::store(data[0], data[1], i, p);
-    if constexpr (kMomentum) store_state(data[3], i, buffer);
-    return kept;
-  });
+  return walk(
+      arrays, begin, end, [&](char* const* data, int64_t i) __attribute__((always_inline)) {
+        V p = S::load(data[0], data[1], i), buffer = broadcast<V>(0);
+        if constexpr (kMomentum) buffer = load_state<V>(data[3], i);
+        const V old_p = p, old_buffer = buffer;
+        sgd_update(c, load_any<V>(data[2], grad_dtype, i), p, buffer);
+        int64_t kept = 0;
+        if constexpr (S::kSixteen) {
+          const auto leaves = S::leaves_range(p);
+          if (__builtin_expect(any(leaves), 0)) {
+            kept = count(leaves);
+            keep(leaves, p, old_p);
+            keep(leaves, buffer, old_buffer);
+          }
+        }
+        S::store(data[0], data[1], i, p);
+        if constexpr (kMomentum) store_state(data[3], i, buffer);
+        return kept;
+      });
 }
 
 }  // namespace

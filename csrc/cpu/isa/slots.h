@@ -1,8 +1,8 @@
 #pragma once
 
-// How a parameter and its master are stored, as types: Slot<V, parameter dtype, master kind> loads the
-// exact weight as V and stores a new one. One pass over elements [begin, end), sixteen at a time, the
-// last few through a padded copy, so that they go through the very same operations.
+// How a parameter and its master are stored, as types: Slot<V, parameter dtype, master kind> loads
+// the exact weight as V and stores a new one. One pass over elements [begin, end), sixteen at a
+// time, the last few through a padded copy, so that they go through the very same operations.
 
 #include "../../math/split16.h"
 #include "parts.h"
@@ -146,8 +146,8 @@ struct Arrays {
   bool written[kArrays];
 };
 
-/// Runs `group(data, i, lanes)` over [begin, end): sixteen elements at a time; the remainder runs on
-/// zero-padded copies, of which the first `lanes` elements are copied back.
+/// Runs `group(data, i, lanes)` over [begin, end): sixteen elements at a time; the remainder runs
+/// on zero-padded copies, of which the first `lanes` elements are copied back.
 template <int kArrays, class Group>
 HALFSTEP_FN int64_t walk(const Arrays<kArrays>& arrays, int64_t begin, int64_t end,
                          const Group& group) {

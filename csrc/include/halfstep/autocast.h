@@ -7,8 +7,8 @@
 
 namespace halfstep {
 
-/// Autocast for this thread while the guard lives, as torch.autocast in Python. The state before it is
-/// restored, and the cache of cast weights is cleared when the outermost guard ends.
+/// Autocast for this thread while the guard lives, as torch.autocast in Python. The state before it
+/// is restored, and the cache of cast weights is cleared when the outermost guard ends.
 class HALFSTEP_NODISCARD_API AutocastGuard {
  public:
   explicit AutocastGuard(c10::DeviceType device, c10::ScalarType dtype = c10::kHalf,

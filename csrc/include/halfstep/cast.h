@@ -13,7 +13,8 @@ namespace halfstep {
 
 class HALFSTEP_API CastOptions {
  public:
-  /// Globs over parameter names ("layer1.norm.weight") that stay FP32, in place of the default: all norms.
+  /// Globs over parameter names ("layer1.norm.weight") that stay FP32, in place of the default: all
+  /// norms.
   CastOptions& keep_fp32(std::vector<std::string> globs);
 
  private:
@@ -26,15 +27,14 @@ struct CastReport {
   std::vector<std::string> cast, kept;
 };
 
-/// Casts the floating parameters of `model` to float16 or bfloat16 in place. The FP32 values are kept
-/// until the first optimizer takes them, so masters begin exactly there. |w| >= 65520 is refused by name
-/// before anything is changed. Run the model inside AutocastGuard.
-HALFSTEP_API CastReport cast_model(torch::nn::Module& model,
-                                   c10::ScalarType dtype = c10::kHalf,
+/// Casts the floating parameters of `model` to float16 or bfloat16 in place. The FP32 values are
+/// kept until the first optimizer takes them, so masters begin exactly there. |w| >= 65520 is
+/// refused by name before anything is changed. Run the model inside AutocastGuard.
+HALFSTEP_API CastReport cast_model(torch::nn::Module& model, c10::ScalarType dtype = c10::kHalf,
                                    const CastOptions& options = {});
 
-/// While it lives, the model holds its exact weights in `dtype` and is in evaluation mode; after it the
-/// weights are what they were, bit for bit.
+/// While it lives, the model holds its exact weights in `dtype` and is in evaluation mode; after it
+/// the weights are what they were, bit for bit.
 class HALFSTEP_NODISCARD_API EvaluateIn {
  public:
   EvaluateIn(torch::nn::Module& model, optim::Optimizer& optimizer,
@@ -53,9 +53,9 @@ class HALFSTEP_NODISCARD_API EvaluateIn {
 HALFSTEP_API torch::OrderedDict<std::string, at::Tensor> export_state_dict(
     torch::nn::Module& model, optim::Optimizer& optimizer, c10::ScalarType dtype = c10::kFloat);
 
-/// Reads a file of torch::save(module, path) and converts to the dtypes of `model`, where torch::load
-/// would reinterpret bytes. Everything is checked first; a refused file changes nothing. Make the
-/// optimizer afterwards: its masters begin at the file's exact values.
+/// Reads a file of torch::save(module, path) and converts to the dtypes of `model`, where
+/// torch::load would reinterpret bytes. Everything is checked first; a refused file changes
+/// nothing. Make the optimizer afterwards: its masters begin at the file's exact values.
 HALFSTEP_API void load(torch::nn::Module& model, const std::string& path);
 
 }  // namespace halfstep

@@ -28,9 +28,9 @@ class HALFSTEP_API GradScalerOptions {
 
 /// The last update, as numbers.
 struct ScalerStats {
-  int64_t step = 0;             ///< updates so far
+  int64_t step = 0;  ///< updates so far
   double scale = 0;
-  int64_t clean_steps = 0;      ///< clean updates in a row
+  int64_t clean_steps = 0;  ///< clean updates in a row
   int64_t steps_applied = 0;
   int64_t steps_skipped = 0;
   int64_t consecutive_skips = 0;
@@ -56,13 +56,16 @@ class HALFSTEP_API GradScaler {
 
   /// loss * scale; a 16-bit loss is scaled in FP32.
   at::Tensor scale(const at::Tensor& loss);
-  /// Divides the optimizer's gradients by the scale; 16-bit gradients of halfstep optimizers become FP32.
+  /// Divides the optimizer's gradients by the scale; 16-bit gradients of halfstep optimizers become
+  /// FP32.
   void unscale_(torch::optim::Optimizer& optimizer);
-  /// The optimizer's step unless a gradient is non-finite. The closure is evaluated once, before it.
+  /// The optimizer's step unless a gradient is non-finite. The closure is evaluated once, before
+  /// it.
   at::Tensor step(torch::optim::Optimizer& optimizer,
                   const torch::optim::Optimizer::LossClosure& closure = nullptr);
   void update(std::optional<double> new_scale = std::nullopt);
-  /// Global norm over all `optimizers`, unscaled; the factor is folded into the step of halfstep optimizers.
+  /// Global norm over all `optimizers`, unscaled; the factor is folded into the step of halfstep
+  /// optimizers.
   at::Tensor clip_grad_norm_(const std::vector<torch::optim::Optimizer*>& optimizers,
                              double max_norm, double norm_type = 2.0);
 

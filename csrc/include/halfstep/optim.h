@@ -2,8 +2,8 @@
 
 #include <c10/util/Exception.h>
 #include <torch/arg.h>
-#include <torch/ordered_dict.h>
 #include <torch/optim/optimizer.h>
+#include <torch/ordered_dict.h>
 
 #include <memory>
 #include <optional>
@@ -44,11 +44,9 @@ struct HALFSTEP_API AdamOptions : torch::optim::OptimizerCloneableOptions<AdamOp
   void set_lr(const double value) override { lr_ = value; }
 };
 
+/// AdamW's default weight decay; its setters return AdamOptions, which AdamW takes.
 struct HALFSTEP_API AdamWOptions : AdamOptions {
   explicit AdamWOptions(double lr = 1e-3) : AdamOptions(lr) { weight_decay(1e-2); }
-  std::unique_ptr<torch::optim::OptimizerOptions> clone() const override {
-    return std::make_unique<AdamWOptions>(*this);
-  }
 };
 
 struct HALFSTEP_API SGDOptions : torch::optim::OptimizerCloneableOptions<SGDOptions> {
@@ -68,8 +66,8 @@ struct HALFSTEP_API SGDOptions : torch::optim::OptimizerCloneableOptions<SGDOpti
   void set_lr(const double value) override { lr_ = value; }
 };
 
-/// Master-weight optimizers: the update is one op a parameter group; masters, states, step counts and
-/// the learning rate live on the parameters' device. A skipped step changes nothing.
+/// Master-weight optimizers: the update is one op a parameter group; masters, states, step counts
+/// and the learning rate live on the parameters' device. A skipped step changes nothing.
 class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
  public:
   struct Room;  ///< the tensors of one parameter group
@@ -79,9 +77,11 @@ class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
   at::Tensor step(LossClosure closure = nullptr) override;
   /// Copies of the exact weights, float32 (float64 where the weight or its master is).
   std::vector<at::Tensor> master_params();
-  /// Sets weights and masters exactly; values that do not fit are refused before anything is written.
+  /// Sets weights and masters exactly; values that do not fit are refused before anything is
+  /// written.
   void set_master_params(const std::vector<at::Tensor>& values);
-  /// Masters follow weights that were edited behind the version counter; returns the elements changed.
+  /// Masters follow weights that were edited behind the version counter; returns the elements
+  /// changed.
   int64_t refresh_masters();
   /// The parameters, in the order of master_params(); tied parameters once.
   std::vector<at::Tensor> distinct_parameters() const;
@@ -143,10 +143,10 @@ class HALFSTEP_API Adam : public Optimizer {
 /// torch.optim.AdamW's rule (decoupled weight decay) on exact masters.
 class HALFSTEP_API AdamW : public Adam {
  public:
-  explicit AdamW(std::vector<at::Tensor> params, AdamWOptions options = AdamWOptions());
-  explicit AdamW(const NamedParameters& params, AdamWOptions options = AdamWOptions());
+  explicit AdamW(std::vector<at::Tensor> params, AdamOptions options = AdamWOptions());
+  explicit AdamW(const NamedParameters& params, AdamOptions options = AdamWOptions());
   explicit AdamW(std::vector<torch::optim::OptimizerParamGroup> groups,
-                 AdamWOptions options = AdamWOptions());
+                 AdamOptions options = AdamWOptions());
 };
 
 /// torch.optim.SGD's rule (momentum, dampening, nesterov, weight decay) on exact masters.

@@ -7,8 +7,8 @@
 
 namespace halfstep::policies {
 
-/// When hysteresis is full again: after every clean step (apex's kernel), or only when the scale grows
-/// (Megatron-LM).
+/// When hysteresis is full again: after every clean step (apex's kernel), or only when the scale
+/// grows (Megatron-LM).
 enum class Refill { kClean, kGrowth };
 
 /// What a policy is to the scaler: sixteen numbers; the rule runs on the device.
