@@ -168,6 +168,7 @@ void Optimizer::make_rooms() {
     if (n > 0)
       api::write_masters_(exact, room->params, room->masters, at::zeros_like(room->overflowed));
     room->remember();
+    owned.insert(inside.begin(), inside.end());
     rooms_.push_back(std::move(room));
   }
 }
