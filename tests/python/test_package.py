@@ -66,7 +66,7 @@ def test_nothing_private_is_exported():
         pytest.skip("the library is not built in place")
     names = [line.split(maxsplit=2)[-1] for line in check("nm", "-D", "--defined-only", "-C", library).splitlines()]
     own = [n for n in names if n.startswith("halfstep::")]
-    assert own and not [n for n in own if n.startswith(("halfstep::math", "halfstep::cpu", "halfstep::ops", "halfstep::api"))]
+    assert own and not [n for n in own if n.startswith(("halfstep::math::", "halfstep::cpu::", "halfstep::ops::", "halfstep::api::"))]
     needed = check("readelf", "-d", library)
     assert "libtorch_python" not in needed and "libpython" not in needed
 
