@@ -120,6 +120,16 @@ def sigmoid_lesson(seed, data, device, name, steps, progress):
     return arm.accuracy(test_x, test_y)
 
 
+def dump(path, seed, data, steps):
+    """What examples/cpp/train_digits needs: data, initial weights, and the rows of each step; plain tensors by name."""
+    torch.manual_seed(seed)
+    weights = {f"weight.{k}": v.detach().clone() for k, v in conv_net().named_parameters()}
+    order, rows = torch.Generator().manual_seed(seed), []
+    while len(rows) < steps:
+        rows += torch.randperm(len(data[0]), generator=order).split(100)
+    torch.save({**dict(zip(("x", "y", "test_x", "test_y"), data)), "order": torch.stack(rows[:steps]), **weights}, path)
+
+
 class Progress:
     def __init__(self, total):
         self.done, self.total, self.start = 0, total, time.perf_counter()
@@ -160,11 +170,16 @@ def main():
     parser.add_argument("--lesson-seeds", type=int, default=3)
     parser.add_argument("--lesson-steps", type=int, default=800)
     parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--dump", type=Path, help="write data, weights and row order for examples/cpp/train_digits, and stop")
+    parser.add_argument("--dump-steps", type=int, default=420)
     options = parser.parse_args()
     device = options.device
     if device == "auto":
         device = "cuda" if hs.cuda_status() == "ready" else "cpu"
     data = digits(device)
+    if options.dump:
+        options.dump.parent.mkdir(parents=True, exist_ok=True)
+        return dump(options.dump, 0, digits("cpu"), options.dump_steps)
 
     progress = Progress(2 * options.seeds * options.epochs + 3 * options.lesson_seeds)
     arms = {"fp32": [], "mixed": []}
