@@ -1,9 +1,8 @@
 #pragma once
 
-// What the CPU glue shares: dtype codes and the division of work over threads.
+// What the CPU glue shares: the division of work over threads.
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <vector>
@@ -11,19 +10,6 @@
 #include "isa/kernels.h"
 
 namespace halfstep::cpu {
-
-inline Dtype dtype_code(at::ScalarType type) {
-  switch (type) {
-    case at::kHalf:
-      return Dtype::kF16;
-    case at::kBFloat16:
-      return Dtype::kBF16;
-    case at::kFloat:
-      return Dtype::kF32;
-    default:
-      return Dtype::kF64;
-  }
-}
 
 /// Blocks of math::kBlock elements of many tensors, numbered in one run, so that threads share the
 /// work by blocks and not by tensors. Results never depend on how the blocks are divided.

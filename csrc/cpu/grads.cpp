@@ -2,14 +2,13 @@
 
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <optional>
 
-#include "../ops/check.h"
+#include "../ops/gather.h"
 #include "common.h"
 
 namespace halfstep::cpu {
@@ -20,23 +19,16 @@ using math::BlockStats;
 
 at::Tensor grad_stats(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList) {
   ops::check_grads("grad_stats", grads);
-  std::vector<at::Tensor> tensors;  // kept alive; made dense where they are not
+  const std::vector<at::Tensor> tensors = ops::dense_grads(grads);
   Blocks blocks;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const std::optional<at::Tensor> grad = grads[i];
-    const bool present = grad && grad->defined();
-    tensors.push_back(!present                               ? at::Tensor()
-                      : grad->is_non_overlapping_and_dense() ? *grad
-                                                             : grad->contiguous());
-    blocks.add(present ? grad->numel() : 0);
-  }
+  for (const at::Tensor& grad : tensors) blocks.add(grad.defined() ? grad.numel() : 0);
   std::vector<BlockStats> partial(size_t(blocks.total()));
   const Kernels& k = kernels();
   blocks.for_each([&](size_t tensor, int64_t block, int64_t begin, int64_t end) {
     const at::Tensor& grad = tensors[tensor];
     const auto* data = static_cast<const char*>(grad.const_data_ptr());
     partial[size_t(block)] = k.grad_stats(data + begin * int64_t(grad.element_size()),
-                                          dtype_code(grad.scalar_type()), end - begin);
+                                          ops::dtype_code(grad.scalar_type()), end - begin);
   });
 
   at::Tensor result =
@@ -63,14 +55,8 @@ void unscale_blocks(at::TensorList outputs, at::TensorList grads, const at::Tens
   std::vector<at::Tensor> inputs;
   Blocks blocks;
   for (size_t i = 0; i < grads.size(); ++i) {
-    // Flat runs must walk input and output in the same order.
-    at::Tensor input = grads[i];
-    if (input.strides() != outputs[i].strides()) {
-      input = at::empty_strided(outputs[i].sizes(), outputs[i].strides(), grads[i].options());
-      input.copy_(grads[i]);
-    }
-    inputs.push_back(input);
-    blocks.add(input.numel());
+    inputs.push_back(ops::in_layout_of(grads[i], outputs[i]));
+    blocks.add(inputs.back().numel());
   }
   const double factor = *inv_scale.const_data_ptr<float>();
   std::atomic<bool> bad{false};
@@ -79,9 +65,9 @@ void unscale_blocks(at::TensorList outputs, at::TensorList grads, const at::Tens
     const auto* in = static_cast<const char*>(inputs[i].const_data_ptr());
     auto* out = static_cast<char*>(outputs[i].mutable_data_ptr());
     if (k.unscale(in + begin * int64_t(inputs[i].element_size()),
-                  dtype_code(inputs[i].scalar_type()),
+                  ops::dtype_code(inputs[i].scalar_type()),
                   out + begin * int64_t(outputs[i].element_size()),
-                  dtype_code(outputs[i].scalar_type()), factor, end - begin))
+                  ops::dtype_code(outputs[i].scalar_type()), factor, end - begin))
       bad.store(true, std::memory_order_relaxed);
   });
   if (bad) *found_inf.mutable_data_ptr<float>() = 1.0f;

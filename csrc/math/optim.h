@@ -8,6 +8,19 @@
 
 namespace halfstep::math {
 
+/// One parameter of a step; pointers to dense memory in one common layout.
+struct StepTensor {
+  void* param = nullptr;
+  void* master = nullptr;  ///< null without a master
+  const void* grad = nullptr;
+  void* state1 = nullptr;  ///< exp_avg or momentum buffer (compute type), or null
+  void* state2 = nullptr;  ///< exp_avg_sq, or null
+  void* state3 = nullptr;  ///< max_exp_avg_sq, or null
+  Dtype param_dtype = Dtype::kF32;
+  MasterKind master_kind = MasterKind::kNone;
+  Dtype grad_dtype = Dtype::kF32;
+};
+
 /// What is constant over a tensor in one Adam or AdamW step.
 struct AdamStep {
   double multiplier;     ///< on the gradient: clip / scale, negative when maximizing
@@ -59,6 +72,18 @@ HALFSTEP_FN AdamStep adam_step_constants(bool decoupled, bool amsgrad, bool maxi
   c.eps = eps;
   c.amsgrad = amsgrad;
   return c;
+}
+
+HALFSTEP_FN SgdStep sgd_step_constants(bool maximize, double lr, double momentum, double dampening,
+                                       double weight_decay, bool nesterov, double multiplier,
+                                       int64_t step) {
+  return {maximize ? -multiplier : multiplier,
+          weight_decay,
+          momentum,
+          1 - dampening,
+          lr,
+          nesterov,
+          step == 1};
 }
 
 /// p, m, v (and v_max with amsgrad) after one step; `g` is the gradient as stored.

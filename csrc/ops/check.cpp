@@ -1,5 +1,11 @@
 #include "check.h"
 
+#include <sstream>
+
+#include "../math/grads.h"
+#include "../math/scale.h"
+#include "optim.h"
+
 namespace halfstep::ops {
 
 namespace {
@@ -25,27 +31,26 @@ const char* dtype_name(at::ScalarType type) {
 
 bool is_sixteen(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
 
-void check_dense(const char* op, const std::string& name, const at::Tensor& tensor) {
+void check_dense(const char* op, Name name, const at::Tensor& tensor) {
   TORCH_CHECK(tensor.layout() == at::kStrided, op, ": ", name, " is sparse or of another layout (",
               tensor.layout(), "); only dense tensors are supported");
 }
 
 /// Data is addressed as one flat run, so it must be one.
-void check_flat(const char* op, const std::string& name, const at::Tensor& tensor) {
+void check_flat(const char* op, Name name, const at::Tensor& tensor) {
   TORCH_CHECK(tensor.is_non_overlapping_and_dense(), op, ": ", name, " is ", describe(tensor),
               " with strides ", tensor.sym_strides(), ": its elements overlap or leave gaps");
 }
 
-void check_like(const char* op, const std::string& name, const at::Tensor& tensor,
-                const std::string& reference_name, const at::Tensor& reference) {
+void check_like(const char* op, Name name, const at::Tensor& tensor, Name reference_name,
+                const at::Tensor& reference) {
   TORCH_CHECK(tensor.sym_sizes() == reference.sym_sizes(), op, ": ", name, " is ", describe(tensor),
               " but ", reference_name, " is ", describe(reference));
-  TORCH_CHECK(tensor.device() == reference.device(), op, ": ", name, " is on ", tensor.device(),
-              " but ", reference_name, " is on ", reference.device());
+  check_device(op, name, tensor, reference_name, reference);
 }
 
-void check_like_flat(const char* op, const std::string& name, const at::Tensor& tensor,
-                     const std::string& reference_name, const at::Tensor& reference) {
+void check_like_flat(const char* op, Name name, const at::Tensor& tensor, Name reference_name,
+                     const at::Tensor& reference) {
   check_like(op, name, tensor, reference_name, reference);
   TORCH_CHECK(tensor.sym_strides() == reference.sym_strides() ||
                   (tensor.is_contiguous() && reference.is_contiguous()),
@@ -63,8 +68,9 @@ std::string describe(const at::Tensor& tensor) {
   return text.str();
 }
 
-std::string item(const char* list, size_t index) {
-  return std::string(list) + "[" + std::to_string(index) + "]";
+std::ostream& operator<<(std::ostream& out, Name name) {
+  out << name.list;
+  return name.index < 0 ? out : out << '[' << name.index << ']';
 }
 
 bool is_supported_float(at::ScalarType type) {
@@ -90,13 +96,12 @@ void check_masters(const char* op, at::TensorList params, at::TensorList masters
   for (size_t i = 0; i < params.size(); ++i) {
     const auto& param = params[i];
     const auto& master = masters[i];
-    const std::string name = item("params", i);
+    const Name name = item("params", i);
     check_dense(op, name, param);
     TORCH_CHECK(is_supported_float(param.scalar_type()), op, ": ", name, " is ", describe(param),
                 "; expected float16, bfloat16, float32 or float64");
     check_flat(op, name, param);
-    TORCH_CHECK(param.device() == params[0].device(), op, ": ", name, " is on ", param.device(),
-                " but params[0] is on ", params[0].device());
+    check_device(op, name, param, item("params", 0), params[0]);
     if (!has_elements(master)) continue;
     const auto type = master.scalar_type();
     const bool fits = type == at::kShort || type == at::kFloat ? is_sixteen(param.scalar_type())
@@ -142,13 +147,18 @@ void check_counter(const char* op, const char* name, const at::Tensor& counter, 
                   counter.sym_size(0) == int64_t(length) && counter.is_contiguous(),
               op, ": ", name, " is ", describe(counter), " but params has ", length,
               " entries; expected contiguous torch.int64[", length, "]");
-  TORCH_CHECK(params.empty() || counter.device() == params[0].device(), op, ": ", name, " is on ",
-              counter.device(), " but params[0] is on ", params[0].device());
+  if (!params.empty()) check_device(op, {name}, counter, item("params", 0), params[0]);
 }
 
 void check_scalar(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type) {
   TORCH_CHECK(tensor.scalar_type() == type && tensor.sym_numel() == 1, op, ": ", name, " is ",
               describe(tensor), "; expected one element of ", dtype_name(type));
+}
+
+void check_device(const char* op, Name name, const at::Tensor& tensor, Name reference_name,
+                  const at::Tensor& reference) {
+  TORCH_CHECK(tensor.device() == reference.device(), op, ": ", name, " is on ", tensor.device(),
+              " but ", reference_name, " is on ", reference.device());
 }
 
 void check_control(const char* op, const std::optional<at::Tensor>& control) {
@@ -179,8 +189,7 @@ void check_grads(const char* op, const c10::List<std::optional<at::Tensor>>& gra
     TORCH_CHECK(is_supported_float(grad->scalar_type()), op, ": ", item("grads", i), " is ",
                 describe(*grad), "; expected float16, bfloat16, float32 or float64");
     if (!first) first = grad;
-    TORCH_CHECK(grad->device() == first->device(), op, ": ", item("grads", i), " is on ",
-                grad->device(), " but the first gradient is on ", first->device());
+    check_device(op, item("grads", i), *grad, {"the first gradient"}, *first);
   }
 }
 
@@ -195,11 +204,112 @@ void check_unscale(const char* op, at::TensorList grads, at::TensorList outputs,
                   "; expected float16, bfloat16, float32 or float64");
     check_like(op, item("outputs", i), outputs[i], item("grads", i), grads[i]);
     check_flat(op, item("outputs", i), outputs[i]);
-    TORCH_CHECK(grads[i].device() == inv_scale.device(), op, ": inv_scale is on ",
-                inv_scale.device(), " but ", item("grads", i), " is on ", grads[i].device());
+    check_device(op, {"inv_scale"}, inv_scale, item("grads", i), grads[i]);
   }
   check_scalar(op, "inv_scale", inv_scale, at::kFloat);
   check_scalar(op, "found_inf", found_inf, at::kFloat);
+  check_device(op, {"found_inf"}, found_inf, {"inv_scale"}, inv_scale);
+}
+
+void check_step_control(at::TensorList stats, const std::optional<at::Tensor>& scale,
+                        const std::optional<at::Tensor>& found_inf,
+                        const std::optional<at::Tensor>& clip) {
+  for (size_t i = 0; i < stats.size(); ++i)
+    TORCH_CHECK(stats[i].scalar_type() == at::kDouble && stats[i].dim() == 2 &&
+                    stats[i].sym_size(1) == math::kStatColumns && stats[i].is_contiguous(),
+                "step_control: ", item("stats", i), " is ", describe(stats[i]),
+                "; expected torch.float64[n + 1, 8] of grad_stats");
+  if (scale) check_scalar("step_control", "scale", *scale, at::kFloat);
+  if (found_inf) check_scalar("step_control", "found_inf", *found_inf, at::kFloat);
+  if (clip)
+    TORCH_CHECK(clip->sym_numel() == 1 &&
+                    (clip->scalar_type() == at::kFloat || clip->scalar_type() == at::kDouble),
+                "step_control: clip is ", describe(*clip),
+                "; expected one element of torch.float32 or torch.float64");
+  const at::Tensor* first = stats.empty() ? nullptr : &stats[0];
+  const auto same_device = [&](Name name, const at::Tensor& tensor) {
+    if (!first) first = &tensor;
+    check_device("step_control", name, tensor, {"the first tensor"}, *first);
+  };
+  for (size_t i = 0; i < stats.size(); ++i) same_device(item("stats", i), stats[i]);
+  if (scale) same_device({"scale"}, *scale);
+  if (found_inf) same_device({"found_inf"}, *found_inf);
+  if (clip) same_device({"clip"}, *clip);
+}
+
+void check_scale_vector(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.scalar_type() == at::kDouble && tensor.dim() == 1 &&
+                  tensor.sym_size(0) == math::kStateEntries && tensor.is_contiguous(),
+              op, ": ", name, " is ", describe(tensor), "; expected contiguous torch.float64[16]");
+}
+
+void check_update_scale(const at::Tensor& scale, const at::Tensor& state,
+                        const at::Tensor& found_inf, const at::Tensor& policy) {
+  check_scalar("update_scale_", "scale", scale, at::kFloat);
+  check_scale_vector("update_scale_", "state", state);
+  TORCH_CHECK(found_inf.sym_numel() == 1 &&
+                  (found_inf.scalar_type() == at::kFloat || found_inf.scalar_type() == at::kDouble),
+              "update_scale_: found_inf is ", describe(found_inf),
+              "; expected one element of torch.float32 or torch.float64");
+  check_scale_vector("update_scale_", "policy", policy);
+  check_device("update_scale_", {"state"}, state, {"scale"}, scale);
+  check_device("update_scale_", {"found_inf"}, found_inf, {"scale"}, scale);
+  check_device("update_scale_", {"policy"}, policy, {"scale"}, scale);
+}
+
+void check_simulate_scale(const at::Tensor& found_inf, const at::Tensor& policy,
+                          const at::Tensor& state) {
+  TORCH_CHECK(
+      found_inf.dim() == 1 && found_inf.scalar_type() == at::kFloat && found_inf.is_contiguous(),
+      "simulate_scale: found_inf is ", describe(found_inf),
+      "; expected contiguous torch.float32[T]");
+  check_scale_vector("simulate_scale", "policy", policy);
+  check_scale_vector("simulate_scale", "state", state);
+  check_device("simulate_scale", {"policy"}, policy, {"found_inf"}, found_inf);
+  check_device("simulate_scale", {"state"}, state, {"found_inf"}, found_inf);
+}
+
+/// lr and control, on the parameters' device.
+void check_step_numbers(const char* op, const at::Tensor& lr,
+                        const std::optional<at::Tensor>& control, at::TensorList params) {
+  check_scalar(op, "lr", lr, at::kDouble);
+  check_control(op, control);
+  if (params.empty()) return;
+  check_device(op, {"lr"}, lr, item("params", 0), params[0]);
+  if (control) check_device(op, {"control"}, *control, item("params", 0), params[0]);
+}
+
+void check_adam(const char* op, const AdamArgs& args) {
+  check_step_lists({op, args.params, args.grads, args.masters});
+  check_states(op, "exp_avgs", args.exp_avgs, args.params, args.masters);
+  check_states(op, "exp_avg_sqs", args.exp_avg_sqs, args.params, args.masters);
+  if (args.amsgrad)
+    check_states(op, "max_exp_avg_sqs", args.max_exp_avg_sqs, args.params, args.masters);
+  check_counter(op, "steps", args.steps, args.params.size(), args.params);
+  check_counter(op, "overflowed", args.overflowed, args.params.size(), args.params);
+  check_step_numbers(op, args.lr, args.control, args.params);
+}
+
+void check_sgd(const SgdArgs& args) {
+  const char* op = "sgd_step_";
+  check_step_lists({op, args.params, args.grads, args.masters});
+  if (args.momentum != 0)
+    check_states(op, "momentum_buffers", args.momentum_buffers, args.params, args.masters);
+  check_counter(op, "steps", args.steps, args.params.size(), args.params);
+  check_counter(op, "overflowed", args.overflowed, args.params.size(), args.params);
+  check_step_numbers(op, args.lr, args.control, args.params);
+}
+
+void check_write_masters(at::TensorList values, at::TensorList params, at::TensorList masters,
+                         const at::Tensor& overflowed) {
+  check_values("write_masters_", values, params, masters);
+  check_counter("write_masters_", "overflowed", overflowed, params.size(), params);
+}
+
+void check_refresh_masters(at::TensorList params, at::TensorList masters,
+                           const at::Tensor& changed) {
+  check_masters("refresh_masters_", params, masters);
+  check_counter("refresh_masters_", "changed", changed, params.size(), params);
 }
 
 }  // namespace halfstep::ops

@@ -7,15 +7,20 @@
 #include <c10/util/Exception.h>
 
 #include <optional>
-#include <sstream>
+#include <ostream>
 #include <string>
 
 namespace halfstep::ops {
 
 /// "torch.float16[4, 3]", the way errors show a tensor.
 std::string describe(const at::Tensor& tensor);
-/// "params[3]"
-std::string item(const char* list, size_t index);
+/// How errors call an argument: "lr", "params[3]". Costs nothing until it is printed.
+struct Name {
+  const char* list;
+  int64_t index = -1;
+};
+std::ostream& operator<<(std::ostream& out, Name name);
+inline Name item(const char* list, size_t index) { return {list, int64_t(index)}; }
 
 /// One line of a parameter group as the step ops see it.
 struct StepLists {
@@ -44,9 +49,16 @@ void check_counter(const char* op, const char* name, const at::Tensor& counter, 
                    at::TensorList params);
 /// A 0-d or one-element tensor of the given dtype on the parameters' device.
 void check_scalar(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType type);
+/// Both tensors on one device.
+void check_device(const char* op, Name name, const at::Tensor& tensor, Name reference_name,
+                  const at::Tensor& reference);
 void check_control(const char* op, const std::optional<at::Tensor>& control);
 void check_values(const char* op, at::TensorList values, at::TensorList params,
                   at::TensorList masters);
+void check_write_masters(at::TensorList values, at::TensorList params, at::TensorList masters,
+                         const at::Tensor& overflowed);
+void check_refresh_masters(at::TensorList params, at::TensorList masters,
+                           const at::Tensor& changed);
 void check_grads(const char* op, const c10::List<std::optional<at::Tensor>>& grads);
 /// unscale_ and unscale_to_.
 void check_unscale(const char* op, at::TensorList grads, at::TensorList outputs,

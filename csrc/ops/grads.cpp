@@ -64,23 +64,6 @@ at::Tensor step_control_meta(at::TensorList stats, const std::optional<at::Tenso
 
 }  // namespace
 
-void check_step_control(at::TensorList stats, const std::optional<at::Tensor>& scale,
-                        const std::optional<at::Tensor>& found_inf,
-                        const std::optional<at::Tensor>& clip) {
-  for (size_t i = 0; i < stats.size(); ++i)
-    TORCH_CHECK(stats[i].scalar_type() == at::kDouble && stats[i].dim() == 2 &&
-                    stats[i].sym_size(1) == math::kStatColumns && stats[i].is_contiguous(),
-                "step_control: ", item("stats", i), " is ", describe(stats[i]),
-                "; expected torch.float64[n + 1, 8] of grad_stats");
-  if (scale) check_scalar("step_control", "scale", *scale, at::kFloat);
-  if (found_inf) check_scalar("step_control", "found_inf", *found_inf, at::kFloat);
-  if (clip)
-    TORCH_CHECK(clip->sym_numel() == 1 &&
-                    (clip->scalar_type() == at::kFloat || clip->scalar_type() == at::kDouble),
-                "step_control: clip is ", describe(*clip),
-                "; expected one element of torch.float32 or torch.float64");
-}
-
 TORCH_LIBRARY_FRAGMENT(halfstep, m) {
   for (const char* schema : kSchemas) m.def(schema, {at::Tag::pt2_compliant_tag});
 }

@@ -1,7 +1,6 @@
-#include "optim.h"
-
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
+
+#include "gather.h"
 
 // One step of an optimizer over all parameters of a group, and the conversions between exact
 // weights and what is held for them. Update rules: csrc/math/optim.h; split16: csrc/math/split16.h.
@@ -46,49 +45,20 @@ void nothing_sgd(const SgdArgs&) {}
 
 void write_masters_meta(at::TensorList values, at::TensorList params, at::TensorList masters,
                         const at::Tensor& overflowed) {
-  check_values("write_masters_", values, params, masters);
-  check_counter("write_masters_", "overflowed", overflowed, params.size(), params);
+  check_write_masters(values, params, masters, overflowed);
 }
 
 std::vector<at::Tensor> read_masters_meta(at::TensorList params, at::TensorList masters) {
   check_masters("read_masters", params, masters);
-  std::vector<at::Tensor> values;
-  for (size_t i = 0; i < params.size(); ++i)
-    values.push_back(
-        at::empty_like(params[i], params[i].options().dtype(compute_type(params[i], masters[i]))));
-  return values;
+  return empty_values(params, masters);
 }
 
 void refresh_masters_meta(at::TensorList params, at::TensorList masters, const at::Tensor& changed,
                           bool) {
-  check_masters("refresh_masters_", params, masters);
-  check_counter("refresh_masters_", "changed", changed, params.size(), params);
+  check_refresh_masters(params, masters, changed);
 }
 
 }  // namespace
-
-void check_adam(const char* op, const AdamArgs& args) {
-  check_step_lists({op, args.params, args.grads, args.masters});
-  check_states(op, "exp_avgs", args.exp_avgs, args.params, args.masters);
-  check_states(op, "exp_avg_sqs", args.exp_avg_sqs, args.params, args.masters);
-  if (args.amsgrad)
-    check_states(op, "max_exp_avg_sqs", args.max_exp_avg_sqs, args.params, args.masters);
-  check_counter(op, "steps", args.steps, args.params.size(), args.params);
-  check_counter(op, "overflowed", args.overflowed, args.params.size(), args.params);
-  check_scalar(op, "lr", args.lr, at::kDouble);
-  check_control(op, args.control);
-}
-
-void check_sgd(const SgdArgs& args) {
-  const char* op = "sgd_step_";
-  check_step_lists({op, args.params, args.grads, args.masters});
-  if (args.momentum != 0)
-    check_states(op, "momentum_buffers", args.momentum_buffers, args.params, args.masters);
-  check_counter(op, "steps", args.steps, args.params.size(), args.params);
-  check_counter(op, "overflowed", args.overflowed, args.params.size(), args.params);
-  check_scalar(op, "lr", args.lr, at::kDouble);
-  check_control(op, args.control);
-}
 
 TORCH_LIBRARY_FRAGMENT(halfstep, m) {
   for (const char* schema : kSchemas) m.def(schema, {at::Tag::pt2_compliant_tag});

@@ -39,33 +39,6 @@ at::Tensor init_scale_state_meta(const at::Tensor& policy) {
 
 }  // namespace
 
-void check_scale_vector(const char* op, const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK(tensor.scalar_type() == at::kDouble && tensor.dim() == 1 &&
-                  tensor.sym_size(0) == math::kStateEntries && tensor.is_contiguous(),
-              op, ": ", name, " is ", describe(tensor), "; expected contiguous torch.float64[16]");
-}
-
-void check_update_scale(const at::Tensor& scale, const at::Tensor& state,
-                        const at::Tensor& found_inf, const at::Tensor& policy) {
-  check_scalar("update_scale_", "scale", scale, at::kFloat);
-  check_scale_vector("update_scale_", "state", state);
-  TORCH_CHECK(found_inf.sym_numel() == 1 &&
-                  (found_inf.scalar_type() == at::kFloat || found_inf.scalar_type() == at::kDouble),
-              "update_scale_: found_inf is ", describe(found_inf),
-              "; expected one element of torch.float32 or torch.float64");
-  check_scale_vector("update_scale_", "policy", policy);
-}
-
-void check_simulate_scale(const at::Tensor& found_inf, const at::Tensor& policy,
-                          const at::Tensor& state) {
-  TORCH_CHECK(
-      found_inf.dim() == 1 && found_inf.scalar_type() == at::kFloat && found_inf.is_contiguous(),
-      "simulate_scale: found_inf is ", describe(found_inf),
-      "; expected contiguous torch.float32[T]");
-  check_scale_vector("simulate_scale", "policy", policy);
-  check_scale_vector("simulate_scale", "state", state);
-}
-
 TORCH_LIBRARY_FRAGMENT(halfstep, m) {
   for (const char* schema : kSchemas) m.def(schema, {at::Tag::pt2_compliant_tag});
 }

@@ -13,19 +13,7 @@ namespace halfstep::cpu {
 
 using math::Dtype;
 using math::MasterKind;
-
-/// One parameter of a step; pointers to dense memory in one common layout.
-struct StepTensor {
-  void* param = nullptr;
-  void* master = nullptr;  ///< null without a master
-  const void* grad = nullptr;
-  void* state1 = nullptr;  ///< exp_avg or momentum buffer (compute type), or null
-  void* state2 = nullptr;  ///< exp_avg_sq, or null
-  void* state3 = nullptr;  ///< max_exp_avg_sq, or null
-  Dtype param_dtype = Dtype::kF32;
-  MasterKind master_kind = MasterKind::kNone;
-  Dtype grad_dtype = Dtype::kF32;
-};
+using math::StepTensor;
 
 struct Kernels {
   const char* name;  ///< "default", "avx2", "avx512"
