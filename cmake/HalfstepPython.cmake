@@ -9,7 +9,6 @@ target_link_libraries(halfstep_python PRIVATE halfstep_flags halfstep)
 target_compile_definitions(
   halfstep_python PRIVATE HALFSTEP_TORCH_VERSION="${HALFSTEP_TORCH_VERSION}"
                           HALFSTEP_CUDA_REASON="${HALFSTEP_CUDA_REASON}"
-                          HALFSTEP_CUDA_ARCHITECTURES="${CMAKE_CUDA_ARCHITECTURES}"
                           HALFSTEP_HAVE_CUDA=$<BOOL:${HALFSTEP_HAVE_CUDA}>)
 set(HALFSTEP_PACKAGE_DIR "${CMAKE_CURRENT_SOURCE_DIR}/python/halfstep" CACHE PATH
     "Where the module and the libraries are placed")

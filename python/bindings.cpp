@@ -14,7 +14,6 @@ PYBIND11_MODULE(_C, m) {
     info["torch"] = HALFSTEP_TORCH_VERSION;
     info["cuda"] = bool(HALFSTEP_HAVE_CUDA);
     info["cuda_reason"] = HALFSTEP_CUDA_REASON;
-    info["cuda_architectures"] = HALFSTEP_CUDA_ARCHITECTURES;
     return info;
   });
   m.def("set_overrides", &halfstep::set_overrides, pybind11::arg("enabled"));

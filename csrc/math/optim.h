@@ -19,6 +19,7 @@ struct StepTensor {
   Dtype param_dtype = Dtype::kF32;
   MasterKind master_kind = MasterKind::kNone;
   Dtype grad_dtype = Dtype::kF32;
+  int32_t unused = 0;  ///< no padding: tables are compared as bytes
 };
 
 /// What is constant over a tensor in one Adam or AdamW step.

@@ -312,4 +312,20 @@ void check_refresh_masters(at::TensorList params, at::TensorList masters,
   check_counter("refresh_masters_", "changed", changed, params.size(), params);
 }
 
+void check_table(const char* op, at::TensorList table, const at::Tensor& reference, size_t rows,
+                 size_t row_bytes) {
+  if (table.empty()) return;
+  TORCH_CHECK(table.size() == 2, op, ": table has ", table.size(),
+              " entries; expected none, or device bytes and their CPU mirror");
+  for (size_t i = 0; i < 2; ++i) {
+    TORCH_CHECK(table[i].scalar_type() == at::kByte && table[i].is_contiguous() &&
+                    table[i].numel() >= int64_t(rows * row_bytes),
+                op, ": ", item("table", i), " is ", describe(table[i]), " but ", rows,
+                " tensors need ", rows * row_bytes, " contiguous bytes of torch.uint8");
+  }
+  check_device(op, item("table", 0), table[0], {"the first tensor"}, reference);
+  TORCH_CHECK(table[1].device().is_cpu(), op, ": table[1] is on ", table[1].device(),
+              "; expected the CPU");
+}
+
 }  // namespace halfstep::ops

@@ -64,6 +64,10 @@ void check_grads(const char* op, const c10::List<std::optional<at::Tensor>>& gra
 void check_unscale(const char* op, at::TensorList grads, at::TensorList outputs,
                    const at::Tensor& inv_scale, const at::Tensor& found_inf);
 
+/// The descriptor table of a step: none, or {device bytes, CPU bytes} with room for `rows`.
+void check_table(const char* op, at::TensorList table, const at::Tensor& reference, size_t rows,
+                 size_t row_bytes);
+
 void check_step_control(at::TensorList stats, const std::optional<at::Tensor>& scale,
                         const std::optional<at::Tensor>& found_inf,
                         const std::optional<at::Tensor>& clip);

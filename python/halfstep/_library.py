@@ -1,5 +1,6 @@
 """Finds and loads the compiled libraries, and says plainly what is wrong when that fails."""
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -45,8 +46,18 @@ def cuda_status():
     if cuda_error:
         return f"not loaded ({cuda_error})"
     major, minor = torch.cuda.get_device_capability()
-    built = [a.split("-")[0] for a in info["cuda_architectures"].split(";")]
-    newest = max(int(a) for a in built)
-    if not any(int(a) // 10 == major and int(a) % 10 <= minor for a in built) and newest > major * 10 + minor:
-        return f"sm_{major}{minor} not in this build ({', '.join(built)})"
+    built = cuda_architectures()
+    # A card runs code of its own major version and no later minor one; PTX of the newest serves later cards.
+    if not any(a // 10 == major and a % 10 <= minor for a in built) and max(built) > major * 10 + minor:
+        return f"sm_{major}{minor} not in this build ({', '.join(map(str, built))})"
     return "ready"
+
+
+def cuda_architectures():
+    """Compute capabilities the CUDA library was compiled for, as [75, 80, 90]; [] without it."""
+    path = PACKAGE / "lib" / "libhalfstep_cuda.so"
+    if not path.exists():
+        return []
+    text = ctypes.CDLL(str(path)).halfstep_cuda_architectures
+    text.restype = ctypes.c_char_p
+    return [int(a) // 10 for a in text().decode().split(",")]

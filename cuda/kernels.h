@@ -1,0 +1,100 @@
+#pragma once
+
+// Launchers of the CUDA kernels: the only header of this folder that csrc includes. Pointers are
+// device pointers unless said otherwise, sizes are elements, nothing allocates or synchronises, and
+// everything runs on `stream`. A launcher returns a CUDA error code, 0 when the kernel was started.
+
+#include "../csrc/math/grads.h"
+#include "../csrc/math/optim.h"
+
+struct CUstream_st;
+
+namespace halfstep::cuda {
+
+using Stream = CUstream_st*;
+using Status = int;
+constexpr Status kSuccess = 0;
+
+/// Work is cut into chunks of this many elements of one tensor; a block of threads takes one at a
+/// time. 64 elements a thread: the FP32 terms of one FP16 sum of squares.
+constexpr int64_t kChunk = 16384;
+
+/// One tensor (and what belongs to it) in the table that a kernel strides over.
+struct Row {
+  math::StepTensor tensor;
+  int64_t numel = 0;
+  int64_t first_chunk = 0;  ///< chunks of all rows before this one
+  int64_t index = 0;        ///< position in the lists of the op
+};
+
+/// Rows on the device, with what the host knows of them.
+struct Table {
+  const Row* rows = nullptr;
+  int64_t count = 0;
+  int64_t chunks = 0;
+  bool has_single = false;  ///< rows computed in FP32
+  bool has_double = false;  ///< rows computed in FP64
+};
+
+/// Compute capabilities that this library was compiled for, "750,800,900".
+const char* architectures();
+
+/// Writes `size` host bytes to `to`. They travel as kernel parameters, so the host copy may change
+/// at once, and a captured graph holds its own.
+Status upload(void* to, const void* host_bytes, int64_t size, Stream stream);
+
+// ---- grads -------------------------------------------------------------------------------------
+/// result: float64 [n + 1, kStatColumns]. Row table.rows[r].index is filled from tensor.grad, the
+/// others are zeroed, row n holds the totals. partials: table.chunks entries of scratch.
+Status grad_stats(const Table& table, math::BlockStats* partials, double* result, int64_t n,
+                  Stream stream);
+/// tensor.param = tensor.grad * inv_scale, rounded once to param_dtype; *found_inf = 1 when an
+/// element is non-finite before or after. May run in place.
+Status unscale(const Table& table, const float* inv_scale, float* found_inf, Stream stream);
+
+/// A number on the device, or its absence.
+struct Scalar {
+  const void* data = nullptr;
+  bool is_double = false;
+};
+/// control: float64 [kControlEntries]; totals: host array of `count` pointers to last rows of
+/// grad_stats.
+Status step_control(const double* const* totals, int64_t count, Scalar scale, Scalar found_inf,
+                    Scalar clip, double max_norm, double* control, Stream stream);
+
+// ---- scale -------------------------------------------------------------------------------------
+Status update_scale(float* scale, double* state, Scalar found_inf, const double* policy,
+                    Stream stream);
+Status simulate_scale(const float* found_inf, int64_t steps, const double* policy,
+                      const double* state, double* scales, Stream stream);
+Status init_scale_state(const double* policy, double* state, Stream stream);
+
+// ---- optim -------------------------------------------------------------------------------------
+/// What all parameters of an Adam or AdamW step share.
+struct AdamNumbers {
+  double beta1, beta2, eps, weight_decay;
+  bool decoupled, amsgrad, maximize;
+};
+struct SgdNumbers {
+  double momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+};
+/// Per-parameter counters and the numbers that change with the step. control may be null.
+struct StepState {
+  int64_t* steps;
+  int64_t* overflowed;
+  const double* lr;
+  const double* control;
+};
+/// constants: table.count entries of scratch. With control[0] != 0 nothing is written but scratch.
+Status adam_step(const Table& table, const AdamNumbers& numbers, const StepState& state,
+                 math::AdamStep* constants, Stream stream);
+Status sgd_step(const Table& table, const SgdNumbers& numbers, const StepState& state,
+                math::SgdStep* constants, Stream stream);
+/// tensor.state1 holds values of the compute type. counts[index] += elements that do not fit.
+Status write_masters(const Table& table, int64_t* counts, Stream stream);
+Status read_masters(const Table& table, Stream stream);
+/// counts[index] += masters that do not round to their weight.
+Status refresh_masters(const Table& table, bool dry_run, int64_t* counts, Stream stream);
+
+}  // namespace halfstep::cuda
