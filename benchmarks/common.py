@@ -31,11 +31,11 @@ def median_ms(f, repeats, warm=2):
     return statistics.median(times)
 
 
-def write(name, rows, out):
-    """Adds the rows of benchmark `name` to the results file `out`."""
+def write(name, rows, out, where=None):
+    """Adds the rows of benchmark `name` to the results file `out`; `where`: the device, this CPU unless given."""
     out = Path(out)
     results = json.loads(out.read_text()) if out.exists() else {}
-    results[name] = {"device": device(), "date": datetime.date.today().isoformat(),
+    results[name] = {"device": where or device(), "date": datetime.date.today().isoformat(),
                      "versions": {"halfstep": hs.__version__, "torch": torch.__version__}, "rows": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(results, indent=1) + "\n")

@@ -4,6 +4,7 @@
 
 #include "autocast.h"
 #include "cast.h"
+#include "cuda.h"
 #include "grad_scaler.h"
 #include "optim.h"
 #include "overrides.h"

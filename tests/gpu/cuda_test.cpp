@@ -1,0 +1,101 @@
+// The C++ API on a GPU against the same program on the CPU.
+
+#include <halfstep/halfstep.h>
+#include <torch/torch.h>
+
+#include "../cpp/catch.h"
+
+namespace {
+
+bool has_gpu() {
+  if (torch::cuda::is_available()) return true;
+  WARN("no GPU: nothing was tested");
+  return false;
+}
+
+struct Run {
+  std::vector<torch::Tensor> masters;
+  halfstep::ScalerStats stats;
+};
+
+/// A few steps on given gradients: no matrix product, so that the CPU and the GPU must agree bit
+/// for bit; one step overflows.
+template <class Optimizer, class Options>
+Run train(torch::Device device, torch::ScalarType dtype, const Options& options) {
+  torch::manual_seed(0);
+  std::vector<torch::Tensor> params;
+  for (const int64_t size : {1, 7, 4096, 20000})
+    params.push_back(torch::randn({size}).to(dtype).to(device).requires_grad_());
+  Optimizer optimizer(params, options);
+  halfstep::GradScaler scaler(halfstep::GradScalerOptions().policy(
+      halfstep::policies::Dynamic().init_scale(1024).growth_interval(2)));
+  scaler.scale(torch::ones({}, device));
+  for (int step = 0; step < 6; ++step) {
+    for (auto& param : params) {
+      auto grad = torch::randn({param.numel()}) * 512;
+      if (step == 2) grad[0] = std::numeric_limits<float>::infinity();
+      param.mutable_grad() = grad.to(dtype).to(device);
+    }
+    scaler.step(optimizer);
+    CHECK(scaler.step_was_skipped() == (step == 2));
+    scaler.update();
+  }
+  if (device.is_cuda()) torch::cuda::synchronize();
+  Run run{optimizer.master_params(), scaler.stats()};
+  for (auto& master : run.masters) master = master.cpu();
+  return run;
+}
+
+void compare(const Run& host, const Run& device) {
+  REQUIRE(host.masters.size() == device.masters.size());
+  for (size_t i = 0; i < host.masters.size(); ++i)
+    CHECK(torch::equal(host.masters[i], device.masters[i]));
+  CHECK(host.stats.scale == device.stats.scale);
+  CHECK(host.stats.steps_applied == device.stats.steps_applied);
+  CHECK(host.stats.steps_skipped == 1);
+  CHECK(device.stats.steps_skipped == 1);
+}
+
+}  // namespace
+
+TEST_CASE("the CUDA library is loaded with the first", "[gpu]") {
+  CHECK((halfstep::cuda_status() == "ready" || halfstep::cuda_status() == "no device"));
+}
+
+TEST_CASE("weights on the GPU are bit-equal to the CPU's", "[gpu]") {
+  if (!has_gpu()) return;
+  using namespace halfstep::optim;
+  for (const auto dtype : {torch::kHalf, torch::kBFloat16, torch::kFloat, torch::kDouble}) {
+    INFO(c10::toString(dtype));
+    const AdamOptions adam = AdamWOptions(1e-2).weight_decay(0.1);
+    compare(train<AdamW>(torch::kCPU, dtype, adam), train<AdamW>(torch::kCUDA, dtype, adam));
+    const SGDOptions sgd = SGDOptions(1e-2).momentum(0.9).nesterov(true);
+    compare(train<SGD>(torch::kCPU, dtype, sgd), train<SGD>(torch::kCUDA, dtype, sgd));
+  }
+}
+
+TEST_CASE("a network trains on the GPU under the guard", "[gpu]") {
+  if (!has_gpu()) return;
+  torch::manual_seed(0);
+  auto net =
+      torch::nn::Sequential(torch::nn::Linear(16, 32), torch::nn::ReLU(), torch::nn::Linear(32, 2));
+  net->to(torch::kCUDA);
+  halfstep::cast_model(*net);
+  halfstep::optim::AdamW optimizer(net->named_parameters(),
+                                   halfstep::optim::AdamWOptions(2e-2).max_grad_norm(1.0));
+  halfstep::GradScaler scaler;
+  const auto x = torch::randn({64, 16}, torch::kCUDA);
+  const auto y = (x.select(1, 0) > 0).to(torch::kLong);
+  double first = 0, last = 0;
+  const halfstep::AutocastGuard guard(torch::kCUDA);
+  for (int step = 0; step < 40; ++step) {
+    optimizer.zero_grad();
+    const auto loss = torch::nn::functional::cross_entropy(net->forward(x).to(torch::kFloat), y);
+    scaler.scale(loss).backward();
+    scaler.step(optimizer);
+    scaler.update();
+    last = loss.item<double>();
+    if (step == 0) first = last;
+  }
+  CHECK(last < 0.5 * first);
+}
