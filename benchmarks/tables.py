@@ -8,10 +8,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def step(result):
-    lines = [f"One step over 50 M FP16 parameters (finite check, clip, AdamW, FP16 weights), median over {result['rows'][0]['processes']} processes; "
+    rows = result["rows"]
+    peers = [("chain", "GradScaler + clip + AdamW(fused) + FP16 copy")]
+    if "deepspeed_ms" in rows[0]:
+        peers.append(("deepspeed", "the same with DeepSpeedCPUAdam"))
+    lines = [f"One step over 50 M FP16 parameters (finite check, clip, AdamW, FP16 weights), median over {rows[0]['processes']} processes; "
              f"{result['device']}; torch {result['versions']['torch']}, {result['date']}.", "",
-             "| tensors | halfstep, split16 | GradScaler + clip + AdamW(fused) + FP16 copy | ratio | share of `mul_` bandwidth |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| {r['tensors']:,} | {r['ours_ms']:.1f} ms | {r['torch_chain_ms']:.1f} ms | {r['ratio']:.2f} | {r['share_of_mul']:.2f} |" for r in result["rows"]]
+             "| tensors | kernels | halfstep, split16 | " + " | ".join(title for _, title in peers) + " | share of `mul_` bandwidth |",
+             "| --- " * (4 + len(peers)) + "|"]
+    for r in rows:
+        cells = [f"{r['tensors']:,}", r["capability"], f"{r['ours_ms']:.1f} ms"]
+        cells += [f"{r[f'{arm}_ms']:.1f} ms ({r[f'ratio_{arm}']:.2f} ×)" for arm, _ in peers] + [f"{r['share_of_mul']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
