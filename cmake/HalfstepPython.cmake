@@ -13,11 +13,39 @@ target_compile_definitions(
 set(HALFSTEP_PACKAGE_DIR "${CMAKE_CURRENT_SOURCE_DIR}/python/halfstep" CACHE PATH
     "Where the module and the libraries are placed")
 set(package "${HALFSTEP_PACKAGE_DIR}")
+# Several builds may place their output in one folder (other torch, other Python): what another one left
+# there would look newer than our objects and stay, so it goes.
+set(owner "${CMAKE_CURRENT_BINARY_DIR} ${TORCH_DIR} ${HALFSTEP_TORCH_VERSION}")
+set(previous "")
+if(EXISTS "${package}/lib/.build")
+  file(READ "${package}/lib/.build" previous)
+endif()
+if(NOT previous STREQUAL owner)
+  file(GLOB stale "${package}/_C*.so")
+  file(REMOVE_RECURSE ${stale} "${package}/lib")
+  file(WRITE "${package}/lib/.build" "${owner}")
+endif()
+# Read before the libraries are loaded: with another torch they may not even load.
+file(WRITE "${package}/lib/torch_version" "${HALFSTEP_TORCH_VERSION}\n")
+install(FILES "${package}/lib/torch_version" DESTINATION lib)
 set_target_properties(
   halfstep_python PROPERTIES OUTPUT_NAME _C LIBRARY_OUTPUT_DIRECTORY "${package}"
                              BUILD_RPATH "$ORIGIN/lib;${TORCH_DIR}/lib" BUILD_RPATH_USE_ORIGIN ON
                              INSTALL_RPATH "$ORIGIN/lib:$ORIGIN/../torch/lib")
+install(TARGETS halfstep_python LIBRARY DESTINATION .)
 set_target_properties(halfstep PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${package}/lib")
 if(TARGET halfstep_cuda)
   set_target_properties(halfstep_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${package}/lib")
+endif()
+# Built in place, the package also shows C++ users its headers and its CMake files.
+if(package STREQUAL "${CMAKE_CURRENT_SOURCE_DIR}/python/halfstep")
+  file(CREATE_LINK ../../csrc/include "${package}/include" SYMBOLIC)
+  add_custom_command(
+    OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/cmake_files.stamp"
+    COMMAND "${CMAKE_COMMAND}" --install "${CMAKE_CURRENT_BINARY_DIR}" --prefix "${package}" --component cmake
+    COMMAND "${CMAKE_COMMAND}" -E touch "${CMAKE_CURRENT_BINARY_DIR}/cmake_files.stamp"
+    DEPENDS "${CMAKE_CURRENT_LIST_DIR}/HalfstepInstall.cmake" "${CMAKE_CURRENT_LIST_DIR}/halfstepConfig.cmake.in"
+            "${package}/lib/.build"
+    VERBATIM)
+  add_custom_target(halfstep_cmake_files ALL DEPENDS "${CMAKE_CURRENT_BINARY_DIR}/cmake_files.stamp")
 endif()
