@@ -26,3 +26,5 @@ install(FILES "${CMAKE_CURRENT_BINARY_DIR}/halfstepConfig.cmake"
         DESTINATION share/cmake/halfstep COMPONENT cmake)
 # A program that only looks ops up by name would lose the library to --as-needed.
 target_link_options(halfstep INTERFACE "LINKER:--no-as-needed")
+# libtorch.so is what brings torch's CUDA side into a program; the installed package links it too.
+target_link_libraries(halfstep INTERFACE "$<BUILD_INTERFACE:${TORCH_DIR}/lib/libtorch.so>")

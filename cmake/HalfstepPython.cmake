@@ -39,6 +39,7 @@ if(TARGET halfstep_cuda)
 endif()
 # Built in place, the package also shows C++ users its headers and its CMake files.
 if(package STREQUAL "${CMAKE_CURRENT_SOURCE_DIR}/python/halfstep")
+  set(CMAKE_INSTALL_MESSAGE NEVER)
   file(CREATE_LINK ../../csrc/include "${package}/include" SYMBOLIC)
   add_custom_command(
     OUTPUT "${CMAKE_CURRENT_BINARY_DIR}/cmake_files.stamp"

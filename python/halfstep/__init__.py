@@ -1,5 +1,9 @@
 """halfstep: FP16 training that is fast, small and never silently wrong."""
 
+from . import cli
+
+cli.explain_if_broken()
+
 from ._library import _C, PACKAGE, cuda_status
 from . import lr_scheduler, optim, policies
 from .amp import GradScaler, ScalerStats, autocast

@@ -9,20 +9,25 @@ PACKAGE = Path(__file__).resolve().parent
 cuda_error = None
 
 
+def _minor(version):
+    return version.split(".")[:2]
+
+
 def _load():
     global cuda_error
-    path = PACKAGE / "lib" / "libhalfstep.so"
+    path, version_file = PACKAGE / "lib" / "libhalfstep.so", PACKAGE / "lib" / "torch_version"
+    rebuild = "pip install --no-build-isolation ."
     if not path.exists():
-        raise ImportError(f"halfstep: {path} is missing; build it with `pip install --no-build-isolation .` or `make test`")
+        raise ImportError(f"halfstep: {path} is missing; build it: {rebuild}")
+    # Asked before anything is loaded: under another torch a library may fail to load in many ways, or load and crash later.
+    built = version_file.read_text().strip() if version_file.exists() else "unknown"
+    if _minor(built) != _minor(torch.__version__):
+        raise ImportError(f"halfstep was built against torch {built}, but torch {torch.__version__} is installed; rebuild it: {rebuild}")
     try:
         torch.ops.load_library(path)
-    except OSError as error:
-        raise ImportError(f"halfstep: cannot load {path} with torch {torch.__version__}; it must be built against this torch: {error}") from error
-    from . import _C
-
-    built = _C.build_info()["torch"]
-    if built.split(".")[:2] != torch.__version__.split(".")[:2]:
-        raise ImportError(f"halfstep was built against torch {built}, but torch {torch.__version__} is installed; rebuild halfstep")
+        from . import _C
+    except (OSError, ImportError) as error:
+        raise ImportError(f"halfstep: cannot load {path} with torch {torch.__version__}: {error}; rebuild it: {rebuild}") from error
     cuda = PACKAGE / "lib" / "libhalfstep_cuda.so"
     if cuda.exists() and torch.version.cuda and torch.cuda.is_available():
         try:

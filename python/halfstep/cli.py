@@ -3,6 +3,7 @@
 import argparse
 import platform
 import sys
+from pathlib import Path
 
 
 def doctor():
@@ -15,14 +16,14 @@ def doctor():
     except ImportError as error:
         return lines + [("torch", f"not importable: {error}; pip install torch==2.11.0")]
     try:
-        import halfstep
-    except ImportError as error:
+        from . import _library
+    except Exception as error:  # whatever keeps the package from loading is the finding
         return lines + [("halfstep", f"not importable: {error}")]
-    lines.append(("halfstep", halfstep.__version__))
+    lines.append(("halfstep", f"{_library._C.build_info()['version']} in {_library.PACKAGE}"))
     ops = sorted({s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("halfstep::")})
     lines.append(("ops", f"{len(ops)}: {', '.join(ops)}"))
-    lines.append(("cuda", halfstep.cuda_status()))
-    lines.append(("overrides", "on" if halfstep._C.overrides_enabled() else "off"))
+    lines.append(("cuda", _library.cuda_status()))
+    lines.append(("overrides", "on" if _library._C.overrides_enabled() else "off"))
     x = torch.full((4,), 65504.0, dtype=torch.float16)
     stats = torch.ops.halfstep.grad_stats([x, x / 0], [])
     lines.append(("check", "grad_stats finds the bad tensor" if float(stats[-1, 6]) == 1 else f"FAILED: grad_stats gave {stats.tolist()}"))
@@ -38,6 +39,23 @@ def main(argv=None):
     for what, finding in lines:
         print(f"{what:10} {finding}")
     return 1 if any("not importable" in f or f.startswith("FAILED") for _, f in lines) else 0
+
+
+def _started_as_command():
+    """Python imports the package before it runs `halfstep …` or `python -m halfstep …`."""
+    if sys.argv[:1] == ["-m"]:
+        return any(a == "-mhalfstep" or (a, b) == ("-m", "halfstep") for a, b in zip(sys.orig_argv, sys.orig_argv[1:] + [""]))
+    return bool(sys.argv) and Path(sys.argv[0]).name == "halfstep"
+
+
+def explain_if_broken():
+    """First line of the package: a command whose package does not load ends here, with the reason and no traceback."""
+    if not _started_as_command():
+        return
+    try:
+        from . import _library  # noqa: F401
+    except Exception:
+        sys.exit(main())
 
 
 if __name__ == "__main__":
