@@ -23,4 +23,4 @@ wheel:
 install-cpp:
 	@bash scripts/install_cpp
 clean:
-	rm -rf build build-* dist out python/halfstep/lib python/halfstep/_C*.so
+	rm -rf build build-* dist out python/halfstep/lib python/halfstep/include python/halfstep/share python/halfstep/_C*.so
