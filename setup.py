@@ -15,6 +15,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'HALFSTEP_VERSION "(.*)"', (ROOT / "csrc/include/halfstep/version.h").read_text()).group(1)
+if not find_spec("torch"):  # said here, in pip's first question, so that it is all that pip prints
+    sys.exit("halfstep is built against the torch it will run with, which build isolation hides; run: pip install --no-build-isolation .")
 # pip that is called by its path leaves the tools beside it out of PATH.
 os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
 
@@ -36,8 +38,6 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs into the package; in place (editable) straight into python/halfstep."""
 
     def run(self):
-        if not find_spec("torch"):
-            sys.exit("halfstep is built against the torch it will run with, which build isolation hides; run: pip install --no-build-isolation .")
         missing = [tool for tool in ("cmake", "ninja") if not shutil.which(tool)] + [m for m in ("pybind11",) if not find_spec(m)]
         if missing:
             sys.exit(f"halfstep: {', '.join(missing)} missing, which --no-build-isolation does not fetch; run: pip install 'cmake>=3.24,<4' ninja pybind11")
