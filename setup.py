@@ -43,7 +43,8 @@ class CMakeBuild(build_ext):
             sys.exit(f"halfstep: {', '.join(missing)} missing, which --no-build-isolation does not fetch; run: pip install 'cmake>=3.24,<4' ninja pybind11")
         build = ROOT / ("build-editable" if self.inplace else "build-wheel")
         options = ["-DHALFSTEP_PYTHON=ON", "-DHALFSTEP_TESTS=OFF", "-DHALFSTEP_EXAMPLES=OFF", f"-DPython_EXECUTABLE={sys.executable}",
-                   f"-DHALFSTEP_CUDA={os.environ.get('HALFSTEP_CUDA', 'AUTO')}"]
+                   f"-DHALFSTEP_CUDA={os.environ.get('HALFSTEP_CUDA', 'AUTO')}",
+                   f"-DHALFSTEP_CUDA_ARCHITECTURES={os.environ.get('HALFSTEP_CUDA_ARCHITECTURES', '')}"]
         if not self.inplace:
             options += ["-DHALFSTEP_RELOCATABLE=ON", f"-DHALFSTEP_PACKAGE_DIR={build}/package"]
         cache = build / "CMakeCache.txt"

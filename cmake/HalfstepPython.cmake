@@ -36,6 +36,8 @@ install(TARGETS halfstep_python LIBRARY DESTINATION .)
 set_target_properties(halfstep PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${package}/lib")
 if(TARGET halfstep_cuda)
   set_target_properties(halfstep_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${package}/lib")
+else()
+  file(REMOVE "${package}/lib/libhalfstep_cuda.so") # of a build with HALFSTEP_CUDA; it would be loaded
 endif()
 # Built in place, the package also shows C++ users its headers and its CMake files.
 if(package STREQUAL "${CMAKE_CURRENT_SOURCE_DIR}/python/halfstep")
