@@ -1,4 +1,5 @@
-// Finds an op by name alone: it uses no symbol of halfstep, so a linker may think the library unused.
+// Finds an op by name alone: it uses no symbol of halfstep, so a linker may think the library
+// unused.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #ifdef INCLUDE_HALFSTEP
