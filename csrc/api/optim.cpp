@@ -238,6 +238,18 @@ std::vector<at::Tensor> Optimizer::distinct_parameters() const {
   return all;
 }
 
+std::vector<at::Tensor> Optimizer::state_tensors() const {
+  std::vector<at::Tensor> all;
+  for (const auto& room : rooms_) {
+    for (const auto& master : room->masters)
+      if (master.numel() > 0) all.push_back(master);
+    for (const auto& [key, tensors] : room->states)
+      all.insert(all.end(), tensors.begin(), tensors.end());
+    all.push_back(room->steps);
+  }
+  return all;
+}
+
 std::vector<at::Tensor> Optimizer::master_params() {
   const at::NoGradGuard no_grad;
   make_rooms();

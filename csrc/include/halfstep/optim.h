@@ -85,6 +85,8 @@ class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
   int64_t refresh_masters();
   /// The parameters, in the order of master_params(); tied parameters once.
   std::vector<at::Tensor> distinct_parameters() const;
+  /// The tensors it holds for its parameters, not copies: masters, moments and step counts.
+  std::vector<at::Tensor> state_tensors() const;
   /// Steps skipped without a scaler, for a non-finite gradient.
   int64_t steps_skipped() const { return steps_skipped_; }
 
