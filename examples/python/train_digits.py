@@ -4,7 +4,8 @@
 
 Real data: scikit-learn's digits (1,797 images of 8x8). The same convolutional net, seeds and data order train twice: in
 FP32 with torch.optim.AdamW, and with FP16 weights, exact split16 masters and dynamic loss scaling. Then a deep sigmoid
-net shows what the loss scale is for. Writes digits.json and digits.png into --out.
+net shows what the loss scale is for. Writes digits.json and digits.png into --out. examples/cpp/train_digits.cpp is the
+same job in C++.
 """
 
 import argparse
@@ -88,6 +89,12 @@ class Arm:
         return 100 * right
 
 
+def clock(device):
+    if device == "cuda":
+        torch.cuda.synchronize()  # a step is over when the GPU has done it
+    return time.perf_counter()
+
+
 def train(name, seed, data, device, epochs, progress, max_steps=None):
     torch.manual_seed(seed)
     arm = Arm(name, conv_net().to(device), device, lr=2e-3, weight_decay=1e-2)
@@ -97,9 +104,9 @@ def train(name, seed, data, device, epochs, progress, max_steps=None):
     for _ in range(epochs):
         for rows in torch.randperm(len(x), generator=order).split(100):
             rows = rows.to(device)
-            start = time.perf_counter()
+            start = clock(device)
             losses.append(arm.step(x[rows], y[rows]))
-            times.append(time.perf_counter() - start)
+            times.append(clock(device) - start)
             scales.append(arm.scaler.stats().scale if arm.mixed else 1.0)
             if max_steps and len(losses) == max_steps:
                 return arm, losses
@@ -109,25 +116,19 @@ def train(name, seed, data, device, epochs, progress, max_steps=None):
                 final_scale=scales[-1], skipped=stats.steps_skipped if stats else 0, losses=torch.stack(losses).tolist(), scales=scales)
 
 
+LESSON_TICK = 50  # steps of the lesson between two ticks of the progress bar
+
+
 def sigmoid_lesson(seed, data, device, name, steps, progress):
     torch.manual_seed(seed)
     policy = hs.policies.Static(1.0) if name == "S=1" else hs.policies.Dynamic(init_scale=2.0**16, growth_interval=100)
-    arm = Arm("fp32" if name == "fp32" else name, sigmoid_net().to(device), device, optimizer="Adam", policy=policy, lr=5e-3)
+    arm = Arm(name, sigmoid_net().to(device), device, optimizer="Adam", policy=policy, lr=5e-3)
     x, y, test_x, test_y = data
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         arm.step(x, y)
-    progress()
+        if step % LESSON_TICK == 0 or step == steps:
+            progress()
     return arm.accuracy(test_x, test_y)
-
-
-def dump(path, seed, data, steps):
-    """What examples/cpp/train_digits needs: data, initial weights, and the rows of each step; plain tensors by name."""
-    torch.manual_seed(seed)
-    weights = {f"weight.{k}": v.detach().clone() for k, v in conv_net().named_parameters()}
-    order, rows = torch.Generator().manual_seed(seed), []
-    while len(rows) < steps:
-        rows += torch.randperm(len(data[0]), generator=order).split(100)
-    torch.save({**dict(zip(("x", "y", "test_x", "test_y"), data)), "order": torch.stack(rows[:steps]), **weights}, path)
 
 
 class Progress:
@@ -142,72 +143,103 @@ class Progress:
         sys.stderr.flush()
 
 
-def plot(arms, path):
+def plot(arms, epochs, path):
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for (name, runs), color in zip(arms.items(), ("tab:blue", "tab:orange")):
-        for i, run in enumerate(runs):
-            left.semilogy(run["losses"], color=color, alpha=0.5, label=name if i == 0 else None)
-    for run in arms["mixed"]:
-        right.step(range(len(run["scales"])), run["scales"], color="tab:orange", alpha=0.6, where="post")
-    left.set(title="training loss", xlabel="step")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for (name, runs), (color, style) in zip(arms.items(), (("tab:blue", "-"), ("tab:orange", "--"))):
+        losses = torch.tensor([run["losses"] for run in runs]).view(len(runs), epochs, -1).mean(2)  # seed, epoch
+        x = torch.arange(1, epochs + 1)
+        for line in losses:
+            left.plot(x, line, color=color, alpha=0.35, linewidth=0.8)
+        left.plot(x, losses.mean(0), color=color, linestyle=style, linewidth=2.2, label=f"{name}, mean of {len(runs)} seeds")
+    left.set(title="training loss, mean over each epoch (thin: one seed)", xlabel="epoch", yscale="log")
     left.legend()
-    right.set(title="loss scale", xlabel="step", yscale="log")
+    seeds = len(arms["mixed"])
+    for seed, run in enumerate(arms["mixed"]):  # wide lines first, so that equal ones show behind each other
+        skips = f", {run['skipped']} skipped" if run["skipped"] else ""
+        right.step(range(1, len(run["scales"]) + 1), run["scales"], where="post", linewidth=1.5 + 6 * (seeds - 1 - seed) / seeds, label=f"seed {seed}{skips}")
+    scales = [s for run in arms["mixed"] for s in run["scales"]]
+    right.set(title="loss scale of the mixed arm after each step", xlabel="step")
     right.set_yscale("log", base=2)
+    right.set_ylim(min(scales) / 2, max(scales) * 2)
+    if seeds <= 8:
+        right.legend(loc="upper right", ncols=2)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=110)
+
+
+def spread(values):
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def table(arms, lesson, device):
+    seeds = len(arms["fp32"])
+    print(f"\ndigits, convolutional net, {seeds} paired seeds, {device}")
+    print(f"{'':8}{'accuracy %':>16}{'ms a step':>12}{'bytes a param':>16}{'loss scale':>18}{'skipped':>9}")
+    for name, runs in arms.items():
+        acc, scales = [r["accuracy"] for r in runs], [r["final_scale"] for r in runs]
+        scale = f"{min(scales):g}" if min(scales) == max(scales) else f"{min(scales):g} to {max(scales):g}"
+        print(f"{name:8}{statistics.mean(acc):9.2f} ± {spread(acc):4.2f}{statistics.median(r['step_ms'] for r in runs):12.2f}"
+              f"{runs[0]['bytes_per_param']:16.2f}{scale:>18}{sum(r['skipped'] for r in runs):9d}")
+    pairs = [m["accuracy"] - f["accuracy"] for f, m in zip(arms["fp32"], arms["mixed"])]
+    print(f"mixed - fp32, paired: {statistics.mean(pairs):+.2f} ± {spread(pairs):.2f} points")
+    print(f"\nseven sigmoid layers, FP16 weights, {len(lesson['fp32'])} seeds: what the loss scale is for")
+    for name, values in lesson.items():
+        print(f"{name:8}{statistics.mean(values):9.2f} ± {spread(values):4.2f}")
+
+
+def count(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--seeds", type=count, default=5, help="paired seeds of the two arms")
+    parser.add_argument("--epochs", type=count, default=30)
+    parser.add_argument("--lesson-seeds", type=count, default=3)
+    parser.add_argument("--lesson-steps", type=count, default=800)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of digits.json and digits.png")
+    options = parser.parse_args()
+    status = hs.cuda_status()
+    if options.device == "cuda" and status != "ready":
+        parser.error(f"--device cuda: halfstep's CUDA side is {status}")
+    if options.device == "auto":
+        options.device = "cuda" if status == "ready" else "cpu"
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)  # before a minute of training
+    except OSError as error:
+        parser.error(f"--out {options.out}: {error.strerror}")
+    return options
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--lesson-seeds", type=int, default=3)
-    parser.add_argument("--lesson-steps", type=int, default=800)
-    parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--dump", type=Path, help="write data, weights and row order for examples/cpp/train_digits, and stop")
-    parser.add_argument("--dump-steps", type=int, default=420)
-    options = parser.parse_args()
+    options = parse()
     device = options.device
-    if device == "auto":
-        device = "cuda" if hs.cuda_status() == "ready" else "cpu"
     data = digits(device)
-    if options.dump:
-        options.dump.parent.mkdir(parents=True, exist_ok=True)
-        return dump(options.dump, 0, digits("cpu"), options.dump_steps)
-
-    progress = Progress(2 * options.seeds * options.epochs + 3 * options.lesson_seeds)
+    ticks = -(-options.lesson_steps // LESSON_TICK)
+    progress = Progress(2 * options.seeds * options.epochs + 3 * options.lesson_seeds * ticks)
     arms = {"fp32": [], "mixed": []}
     for seed in range(options.seeds):
         for name in arms:
             arms[name].append(train(name, seed, data, device, options.epochs, progress))
     lesson = {name: [sigmoid_lesson(seed, data, device, name, options.lesson_steps, progress) for seed in range(options.lesson_seeds)]
               for name in ("S=1", "dynamic", "fp32")}
+    table(arms, lesson, device)
 
-    spread = lambda values: statistics.stdev(values) if len(values) > 1 else 0.0
-    print(f"\ndigits, convolutional net, {options.seeds} paired seeds, {device}")
-    print(f"{'':8}{'accuracy %':>16}{'ms a step':>12}{'bytes a param':>16}{'loss scale':>12}{'skipped':>9}")
-    for name, runs in arms.items():
-        acc = [r["accuracy"] for r in runs]
-        print(f"{name:8}{statistics.mean(acc):9.2f} ± {spread(acc):4.2f}{statistics.median(r['step_ms'] for r in runs):12.2f}"
-              f"{runs[0]['bytes_per_param']:16.2f}{runs[-1]['final_scale']:12g}{sum(r['skipped'] for r in runs):9d}")
-    pairs = [m["accuracy"] - f["accuracy"] for f, m in zip(arms["fp32"], arms["mixed"])]
-    print(f"mixed - fp32, paired: {statistics.mean(pairs):+.2f} ± {spread(pairs):.2f} points")
-    print(f"\nseven sigmoid layers, FP16 weights, {options.lesson_seeds} seeds: what the loss scale is for")
-    for name, values in lesson.items():
-        print(f"{name:8}{statistics.mean(values):9.2f} ± {spread(values):4.2f}")
-
-    options.out.mkdir(parents=True, exist_ok=True)
     keys = ("accuracy", "step_ms", "bytes_per_param", "final_scale", "skipped")
     report = {"arms": {name: {k: [r[k] for r in runs] for k in keys} for name, runs in arms.items()}, "sigmoid": lesson,
               "seeds": list(range(options.seeds)), "device": device, "versions": {"halfstep": hs.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}}
     (options.out / "digits.json").write_text(json.dumps(report, indent=1))
-    plot(arms, options.out / "digits.png")
+    plot(arms, options.epochs, options.out / "digits.png")
     print(f"\nwrote {options.out / 'digits.json'} and {options.out / 'digits.png'}")
 
 
