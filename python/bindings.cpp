@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <halfstep/cuda.h>
 #include <halfstep/overrides.h>
 #include <halfstep/version.h>
 
@@ -16,6 +17,7 @@ PYBIND11_MODULE(_C, m) {
     info["cuda_reason"] = HALFSTEP_CUDA_REASON;
     return info;
   });
+  m.def("cuda_status", &halfstep::cuda_status);
   m.def("set_overrides", &halfstep::set_overrides, pybind11::arg("enabled"));
   m.def("overrides_enabled", &halfstep::overrides_enabled);
 }

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).resolve().parent
-cuda_error = None
 
 
 def _minor(version):
@@ -14,7 +13,6 @@ def _minor(version):
 
 
 def _load():
-    global cuda_error
     path, version_file = PACKAGE / "lib" / "libhalfstep.so", PACKAGE / "lib" / "torch_version"
     rebuild = "pip install --no-build-isolation ."
     if not path.exists():
@@ -28,12 +26,6 @@ def _load():
         from . import _C
     except (OSError, ImportError) as error:
         raise ImportError(f"halfstep: cannot load {path} with torch {torch.__version__}: {error}; rebuild it: {rebuild}") from error
-    cuda = PACKAGE / "lib" / "libhalfstep_cuda.so"
-    if cuda.exists() and torch.version.cuda and torch.cuda.is_available():
-        try:
-            torch.ops.load_library(cuda)
-        except OSError as error:
-            cuda_error = str(error)
     return _C
 
 
@@ -42,14 +34,13 @@ H = torch.ops.halfstep
 
 
 def cuda_status():
-    """"ready", or why the CUDA kernels cannot be used here."""
+    """"ready", or why the CUDA kernels cannot be used here. libhalfstep.so loads them where torch has CUDA."""
     info = _C.build_info()
     if not info["cuda"]:
         return f"not built ({info['cuda_reason']})"
-    if not torch.cuda.is_available():
-        return "no device"
-    if cuda_error:
-        return f"not loaded ({cuda_error})"
+    status = _C.cuda_status()
+    if status != "ready":
+        return status
     major, minor = torch.cuda.get_device_capability()
     built = cuda_architectures()
     # A card runs code of its own major version and no later minor one; PTX of the newest serves later cards.
