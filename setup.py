@@ -60,6 +60,7 @@ class CMakeBuild(build_ext):
 shutil.rmtree(ROOT / "build-wheel/setuptools", ignore_errors=True)
 setup(
     version=VERSION,
+    license="BSD-3-Clause",  # here, since older and newer setuptools want it written in two ways in pyproject.toml
     install_requires=[torch_requirement()],
     options={"build": {"build_base": "build-wheel/setuptools"}},
     package_dir={"": "python"},
