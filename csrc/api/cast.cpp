@@ -3,7 +3,6 @@
 #include <ATen/ops/zeros.h>
 #include <fnmatch.h>
 #include <torch/nn/module.h>
-#include <torch/serialize/archive.h>
 
 #include <map>
 #include <mutex>
@@ -23,6 +22,12 @@ std::mutex kept_mutex;
 std::map<const void*, Kept>& kept_values() {
   static auto* values = new std::map<const void*, Kept>;  // outlives static tensors of the program
   return *values;
+}
+
+/// How many optimizers have a parameter, by its TensorImpl (each keeps it alive).
+std::map<const void*, int>& owners() {
+  static auto* counts = new std::map<const void*, int>;
+  return *counts;
 }
 
 bool is_float(const at::Tensor& tensor) { return tensor.defined() && tensor.is_floating_point(); }
@@ -48,6 +53,48 @@ std::map<const void*, bool> norm_parameters(torch::nn::Module& model) {
 
 }  // namespace
 
+bool is_sixteen(c10::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
+
+const char* type_name(c10::ScalarType type) {
+  switch (type) {
+    case at::kHalf:
+      return "float16";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kFloat:
+      return "float32";
+    case at::kDouble:
+      return "float64";
+    case at::kShort:
+      return "int16";
+    case at::kInt:
+      return "int32";
+    case at::kLong:
+      return "int64";
+    default:
+      return c10::toString(type);
+  }
+}
+
+int64_t foreign_width(const at::Tensor& tensor) {
+  if (tensor.numel() == 0 || tensor.storage_offset() != 0) return 0;
+  const auto held = int64_t(tensor.storage().nbytes());
+  for (const int64_t width : {int64_t(4), int64_t(8)})
+    if (width > int64_t(tensor.element_size()) && held == tensor.numel() * width) return width;
+  return 0;
+}
+
+void own(const at::Tensor& param) {
+  const std::lock_guard lock(kept_mutex);
+  ++owners()[param.unsafeGetTensorImpl()];
+}
+
+void disown(const at::Tensor& param) {
+  const std::lock_guard lock(kept_mutex);
+  const auto count = owners().find(param.unsafeGetTensorImpl());
+  if (count != owners().end() && --count->second == 0) owners().erase(count);
+}
+
 void keep_exact(const at::Tensor& param, const at::Tensor& exact) {
   const std::lock_guard lock(kept_mutex);
   auto& values = kept_values();
@@ -71,13 +118,13 @@ void check_fits(const at::Tensor& value, const at::Tensor& shape_of, c10::Scalar
                 const std::string& name) {
   TORCH_CHECK(value.sizes() == shape_of.sizes(), "'", name, "' is ", shape_of.sizes(),
               " but the value is ", value.sizes());
-  if (dtype != at::kHalf && dtype != at::kBFloat16) return;
+  if (!is_sixteen(dtype)) return;
   const double limit = dtype == at::kHalf ? 65520.0 : 0x1.ffp127;
   const at::Tensor magnitude = value.detach().abs();
   const auto beyond = (magnitude >= limit).sum().item<int64_t>();
-  TORCH_CHECK(beyond == 0, "'", name, "' does not fit ", dtype, ": ", beyond, " of ", value.numel(),
-              " elements are at or beyond ", limit, " (largest ", magnitude.max().item<double>(),
-              "); keep it in FP32");
+  TORCH_CHECK(beyond == 0, "'", name, "' does not fit ", type_name(dtype), ": ", beyond, " of ",
+              value.numel(), " elements are at or beyond ", limit, " (largest ",
+              magnitude.max().item<double>(), "); keep it in FP32");
 }
 
 struct CastAccess {
@@ -96,7 +143,7 @@ CastOptions& CastOptions::keep_fp32(std::vector<std::string> globs) {
 }
 
 CastReport cast_model(torch::nn::Module& model, c10::ScalarType dtype, const CastOptions& options) {
-  TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "cast_model: dtype is ", dtype,
+  TORCH_CHECK(is_sixteen(dtype), "cast_model: dtype is ", type_name(dtype),
               "; expected float16 or bfloat16");
   const at::NoGradGuard no_grad;
   const auto norms = norm_parameters(model);
@@ -107,6 +154,12 @@ CastReport cast_model(torch::nn::Module& model, c10::ScalarType dtype, const Cas
     if (CastAccess::keeps(options, name, norms.count(param.unsafeGetTensorImpl()) > 0)) {
       report.kept.push_back(name);
       continue;
+    }
+    {
+      const std::lock_guard lock(kept_mutex);
+      TORCH_CHECK(owners().count(param.unsafeGetTensorImpl()) == 0, "cast_model: '", name,
+                  "' already belongs to an optimizer; cast the model first, then make the "
+                  "optimizer");
     }
     check_fits(param, param, dtype, name);
     chosen.push_back(param);
@@ -162,47 +215,6 @@ torch::OrderedDict<std::string, at::Tensor> export_state_dict(torch::nn::Module&
   for (const auto& item : model.named_parameters()) add(item.key(), item.value());
   for (const auto& item : model.named_buffers()) add(item.key(), item.value());
   return out;
-}
-
-namespace {
-
-struct Loaded {
-  at::Tensor target, value;
-};
-
-void read_module(torch::serialize::InputArchive& archive, const torch::nn::Module& module,
-                 const std::string& prefix, std::vector<Loaded>& found) {
-  const auto read = [&](const std::string& key, const at::Tensor& target, bool is_buffer) {
-    at::Tensor value;
-    TORCH_CHECK(archive.try_read(key, value, is_buffer) && value.defined(),
-                "load: the file has no '", prefix, key, "'");
-    check_fits(value, target, target.scalar_type(), prefix + key);
-    found.push_back({target, value});
-  };
-  for (const auto& item : module.named_parameters(false)) read(item.key(), item.value(), false);
-  for (const auto& item : module.named_buffers(false)) read(item.key(), item.value(), true);
-  for (const auto& child : module.named_children()) {
-    torch::serialize::InputArchive inner;
-    const bool present = archive.try_read(child.key(), inner);
-    const bool empty = child.value()->parameters().empty() && child.value()->buffers().empty();
-    TORCH_CHECK(present || empty, "load: the file has no module '", prefix, child.key(), "'");
-    if (present) read_module(inner, *child.value(), prefix + child.key() + ".", found);
-  }
-}
-
-}  // namespace
-
-void load(torch::nn::Module& model, const std::string& path) {
-  const at::NoGradGuard no_grad;
-  torch::serialize::InputArchive archive;
-  archive.load_from(path);
-  std::vector<Loaded> found;
-  read_module(archive, model, "", found);
-  for (auto& [target, value] : found) {
-    target.copy_(value);
-    if (target.scalar_type() != value.scalar_type() && is_float(target))
-      keep_exact(target, value.to(at::kFloat).to(target.device()));
-  }
 }
 
 }  // namespace halfstep

@@ -1,12 +1,13 @@
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/irange.h>
-#include <torch/serialize/archive.h>
 
+#include <map>
 #include <set>
 
 #include "../math/grads.h"
@@ -15,8 +16,6 @@
 namespace halfstep::optim {
 
 namespace {
-
-bool is_sixteen(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
 
 /// Dtype of the tensor that keeps a parameter exact, or Undefined for none.
 at::ScalarType master_type(Master mode, at::ScalarType param) {
@@ -27,18 +26,38 @@ at::ScalarType master_type(Master mode, at::ScalarType param) {
   return mode == Master::kFp32 ? at::kFloat : at::kShort;
 }
 
+std::string name_of(const std::vector<std::string>& names, size_t group, size_t index) {
+  if (group == 0 && index < names.size()) return names[index];
+  return "group " + std::to_string(group) + ", parameter " + std::to_string(index);
+}
+
 void check_parameter(const at::Tensor& param, const std::string& name) {
   const auto type = param.scalar_type();
   TORCH_CHECK(is_sixteen(type) || type == at::kFloat || type == at::kDouble, "'", name, "' is ",
-              type, "; expected float16, bfloat16, float32 or float64");
+              type_name(type), "; expected float16, bfloat16, float32 or float64");
   TORCH_CHECK(param.is_non_overlapping_and_dense(), "'", name, "' has strides ", param.strides(),
               " for shape ", param.sizes(), ": its elements overlap or leave gaps");
   const auto needed = size_t(param.numel()) * c10::elementSize(type);
-  TORCH_CHECK(param.storage().nbytes() >= needed, "'", name, "' is ", type,
+  TORCH_CHECK(param.storage().nbytes() >= needed, "'", name, "' is ", type_name(type),
               " but its storage holds ", param.storage().nbytes(), " of ", needed, " bytes");
   if (is_sixteen(type))
     TORCH_CHECK(at::isfinite(param.detach()).all().item<bool>(), "'", name,
-                "' holds a non-finite value; a ", type, " weight must be below 65520 in magnitude");
+                "' holds a non-finite value; a ", type_name(type),
+                " weight must be below 65520 in magnitude");
+}
+
+/// Refuses a parameter that torch::load left on the storage of a file of another dtype. Parameters
+/// that share a storage are views of one buffer, whatever its size.
+void check_storage(const std::vector<at::Tensor>& params, size_t i, const std::string& name) {
+  const int64_t width = foreign_width(params[i]);
+  if (width == 0) return;
+  for (size_t k = 0; k < params.size(); ++k)
+    if (k != i && params[k].unsafeGetTensorImpl() != params[i].unsafeGetTensorImpl() &&
+        params[k].storage().is_alias_of(params[i].storage()))
+      return;
+  TORCH_CHECK(false, "params[", i, "] '", name, "' is ", type_name(params[i].scalar_type()),
+              " but its storage holds ", width,
+              "-byte elements: loaded with torch::load? use halfstep::load");
 }
 
 }  // namespace
@@ -66,10 +85,34 @@ const at::Tensor& Optimizer::Room::device_lr() {
   return lr;
 }
 
-void Optimizer::Room::remember() {
-  seen.clear();
-  for (const auto& leaf : leaves)
-    seen.emplace_back(int64_t(leaf._version()), leaf.const_data_ptr());
+void Optimizer::Room::remember(size_t first) {
+  seen.resize(leaves.size());
+  for (const auto i : c10::irange(first, leaves.size()))
+    seen[i] = {int64_t(leaves[i]._version()), leaves[i].const_data_ptr()};
+}
+
+std::vector<at::Tensor>& Optimizer::Room::state(const std::string& key) {
+  auto& tensors = states[key];
+  for (const auto i : c10::irange(tensors.size(), params.size())) {
+    const bool wide =
+        params[i].scalar_type() == at::kDouble || masters[i].scalar_type() == at::kDouble;
+    tensors.push_back(
+        at::zeros_like(params[i], params[i].options().dtype(wide ? at::kDouble : at::kFloat)));
+  }
+  return tensors;
+}
+
+void Optimizer::Room::follow_move() {
+  for (const auto i : c10::irange(leaves.size()))
+    TORCH_CHECK(leaves[i].scalar_type() == params[i].scalar_type(), "'", names[i], "' is ",
+                type_name(leaves[i].scalar_type()), " but was ", type_name(params[i].scalar_type()),
+                " when the optimizer was made; cast the model first, then make the optimizer");
+  if (leaves.empty() || leaves[0].device() == steps.device()) return;
+  const auto move = [&](at::Tensor& tensor) { tensor = tensor.to(leaves[0].device()); };
+  move(steps), move(overflowed), move(lr);
+  for (auto& master : masters) move(master);
+  for (auto& [key, tensors] : states)
+    for (auto& tensor : tensors) move(tensor);
 }
 
 int64_t Optimizer::Room::refresh(bool only_edited, std::string* changed_names) {
@@ -103,73 +146,120 @@ void Optimizer::Room::report_overflow() {
   for (const auto i : c10::irange(params.size())) {
     const int64_t count = overflowed.const_data_ptr<int64_t>()[i];
     if (count == reported[i]) continue;
-    TORCH_WARN("'", names[i], "' would leave ", params[i].scalar_type(), " range (",
-               count - reported[i], " element(s), step ", steps.const_data_ptr<int64_t>()[i],
-               "): keep it in FP32 or lower lr");
+    const int64_t elements = count - reported[i];
+    TORCH_WARN("'", names[i], "' would leave ", type_name(params[i].scalar_type()), " range (",
+               elements, elements > 1 ? " elements" : " element", ", step ",
+               steps.const_data_ptr<int64_t>()[i], "): keep it in FP32 or lower lr");
     reported[i] = count;
   }
 }
 
-Optimizer::Optimizer(std::vector<torch::optim::OptimizerParamGroup> groups,
-                     std::vector<std::string> names,
-                     std::unique_ptr<torch::optim::OptimizerOptions> defaults, const char* kind)
+Optimizer::Optimizer(std::vector<Group> groups, std::vector<std::string> names,
+                     std::unique_ptr<Options> defaults, const char* kind)
     : torch::optim::Optimizer(groups, std::move(defaults)), names_(std::move(names)), kind_(kind) {}
 
-Optimizer::~Optimizer() = default;
+Optimizer::~Optimizer() {
+  for (const auto& room : rooms_)
+    for (const auto& leaf : room->leaves) disown(leaf);
+}
+
+void Optimizer::add_param_group(const Group& group) {
+  make_rooms();
+  const size_t g = param_groups_.size();
+  if (group.has_options()) check_options(group.options(), "parameter group " + std::to_string(g));
+  for (size_t i = 0; i < group.params().size(); ++i) {
+    check_parameter(group.params()[i], name_of(names_, g, i));
+    check_storage(group.params(), i, name_of(names_, g, i));
+    for (const auto& room : rooms_)
+      for (size_t k = 0; k < room->leaves.size(); ++k)
+        TORCH_CHECK(!room->leaves[k].is_same(group.params()[i]), "'", name_of(names_, g, i),
+                    "' is in an earlier parameter group too, as '", room->names[k], "'");
+  }
+  torch::optim::Optimizer::add_param_group(group);
+}
 
 void Optimizer::make_rooms() {
-  std::set<const void*> owned;
-  for (const auto& room : rooms_)
-    for (const auto& leaf : room->leaves) owned.insert(leaf.unsafeGetTensorImpl());
   for (size_t g = 0; g < param_groups_.size(); ++g) {
-    if (g < rooms_.size()) {
-      rooms_[g]->group = &param_groups_[g];  // the vector may have moved
-      continue;
+    if (g == rooms_.size()) {
+      rooms_.push_back(std::make_unique<Room>());
+      rooms_[g]->index = g;
     }
-    auto room = std::make_unique<Room>();
-    room->group = &param_groups_[g];
-    room->index = g;
-    const Common rules = common(param_groups_[g].options());
-    std::set<const void*> inside;
-    std::vector<at::Tensor> exact;
-    const auto& params = param_groups_[g].params();
-    for (size_t i = 0; i < params.size(); ++i) {
-      const at::Tensor& param = params[i];
-      const std::string name = g == 0 && i < names_.size() ? names_[i]
-                                                           : "group " + std::to_string(g) +
-                                                                 ", parameter " + std::to_string(i);
-      if (!inside.insert(param.unsafeGetTensorImpl()).second) continue;  // tied: stepped once
-      TORCH_CHECK(owned.count(param.unsafeGetTensorImpl()) == 0, "'", name,
-                  "' is in an earlier parameter group too");
-      check_parameter(param, name);
-      const auto type = master_type(rules.master, param.scalar_type());
-      const bool wide = param.scalar_type() == at::kDouble || type == at::kDouble;
-      const at::Tensor weight = param.detach();
-      room->leaves.push_back(param);
-      room->params.push_back(weight);
-      room->names.push_back(name);
-      room->masters.push_back(type == at::ScalarType::Undefined
-                                  ? at::empty({0}, weight.options().dtype(at::kFloat))
-                                  : at::zeros_like(weight, weight.options().dtype(type)));
-      for (const char* key : state_names(param_groups_[g].options()))
-        room->states[key].push_back(
-            at::zeros_like(weight, weight.options().dtype(wide ? at::kDouble : at::kFloat)));
-      const at::Tensor kept = take_exact(param);
-      exact.push_back(!kept.defined() ? weight
-                                      : at::where(kept.to(weight.scalar_type()) == weight, kept,
-                                                  weight.to(kept.scalar_type())));
-    }
-    const auto device = room->params.empty() ? at::Device(at::kCPU) : room->params[0].device();
-    const auto n = int64_t(room->params.size());
-    room->steps = at::zeros({n}, at::TensorOptions(at::kLong).device(device));
-    room->overflowed = at::zeros({n}, at::TensorOptions(at::kLong).device(device));
-    room->lr = at::zeros({}, at::TensorOptions(at::kDouble).device(device));
-    room->reported.assign(size_t(n), 0);
-    if (n > 0)
-      api::write_masters_(exact, room->params, room->masters, at::zeros_like(room->overflowed));
-    room->remember();
-    owned.insert(inside.begin(), inside.end());
-    rooms_.push_back(std::move(room));
+    Room& room = *rooms_[g];
+    room.group = &param_groups_[g];  // the vector may have moved
+    check_options(room.group->options(), "parameter group " + std::to_string(g));
+    const auto& params = room.group->params();
+    bool same = room.listed.size() <= params.size();
+    for (size_t i = 0; same && i < room.listed.size(); ++i)
+      same = room.listed[i] == params[i].unsafeGetTensorImpl();
+    TORCH_CHECK(same, "parameter group ", g,
+                " no longer lists the parameters that it had; parameters can only be added");
+    if (!room.lr.defined() || room.listed.size() < params.size()) extend(room);
+  }
+}
+
+/// Masters, states and counters for parameters that the group lists and the room does not know.
+/// Nothing is kept when one of them is refused.
+void Optimizer::extend(Room& room) {
+  const Common rules = common(room.group->options());
+  const auto& params = room.group->params();
+  std::map<const void*, std::string> owned;
+  for (const auto& other : rooms_)
+    if (other.get() != &room)
+      for (const auto i : c10::irange(other->leaves.size()))
+        owned.emplace(other->leaves[i].unsafeGetTensorImpl(), other->names[i]);
+  std::set<const void*> inside(room.listed.begin(), room.listed.end());
+  Room grown;
+  std::vector<at::Tensor> exact;
+  for (size_t i = room.listed.size(); i < params.size(); ++i) {
+    const at::Tensor& param = params[i];
+    const std::string name = name_of(names_, room.index, i);
+    grown.listed.push_back(param.unsafeGetTensorImpl());
+    if (!inside.insert(param.unsafeGetTensorImpl()).second) continue;  // tied: stepped once
+    const auto other = owned.find(param.unsafeGetTensorImpl());
+    TORCH_CHECK(other == owned.end(), "'", name, "' is in an earlier parameter group too, as '",
+                other == owned.end() ? "" : other->second, "'");
+    check_parameter(param, name);
+    check_storage(params, i, name);
+    const auto type = master_type(rules.master, param.scalar_type());
+    const at::Tensor weight = param.detach();
+    grown.leaves.push_back(param);
+    grown.params.push_back(weight);
+    grown.names.push_back(name);
+    grown.masters.push_back(type == at::ScalarType::Undefined
+                                ? at::empty({0}, weight.options().dtype(at::kFloat))
+                                : at::zeros_like(weight, weight.options().dtype(type)));
+  }
+  for (const auto& param : grown.params) {
+    const at::Tensor kept = take_exact(grown.leaves[exact.size()]);
+    exact.push_back(!kept.defined() ? param
+                                    : at::where(kept.to(param.scalar_type()) == param, kept,
+                                                param.to(kept.scalar_type())));
+  }
+  const auto n = int64_t(grown.params.size());
+  const auto device = room.steps.defined() ? room.steps.device()
+                      : n > 0              ? grown.params[0].device()
+                                           : at::Device(at::kCPU);
+  const at::Tensor zeros = at::zeros({n}, at::TensorOptions(at::kLong).device(device));
+  if (n > 0) api::write_masters_(exact, grown.params, grown.masters, zeros.clone());
+  // Nothing below is refused.
+  if (!room.lr.defined()) room.lr = at::zeros({}, at::TensorOptions(at::kDouble).device(device));
+  room.steps = room.steps.defined() ? at::cat({room.steps, zeros}) : zeros.clone();
+  room.overflowed = room.overflowed.defined() ? at::cat({room.overflowed, zeros}) : zeros.clone();
+  const size_t before = room.leaves.size();
+  const auto append = [](auto& to, auto& from) { to.insert(to.end(), from.begin(), from.end()); };
+  append(room.listed, grown.listed);
+  append(room.leaves, grown.leaves);
+  append(room.params, grown.params);
+  append(room.names, grown.names);
+  append(room.masters, grown.masters);
+  room.reported.resize(room.leaves.size(), 0);
+  for (const char* key : state_names(room.group->options())) room.state(key);
+  room.remember(before);
+  for (const auto& leaf : grown.leaves) {
+    own(leaf);
+    if (rules.grad_dtype != at::kFloat || !is_sixteen(leaf.scalar_type())) continue;
+    leaf.set_grad_dtype(at::kFloat);
+    if (leaf.grad().defined()) at::Tensor(leaf).mutable_grad() = leaf.grad().to(at::kFloat);
   }
 }
 
@@ -181,7 +271,15 @@ std::vector<std::pair<Optimizer::Room*, at::Tensor>> Optimizer::gather_stats() {
   return stats;
 }
 
+void Optimizer::check_loaded_storages() const {
+  for (const auto& room : rooms_)
+    for (const auto i : c10::irange(room->leaves.size()))
+      check_storage(room->leaves, i, room->names[i]);
+}
+
 void Optimizer::follow_edits() {
+  check_loaded_storages();
+  for (const auto& room : rooms_) room->follow_move();
   std::string changed;
   for (const auto& room : rooms_) room->refresh(true, &changed);
   if (!changed.empty())
@@ -232,7 +330,8 @@ at::Tensor Optimizer::step(LossClosure closure) {
   return loss;
 }
 
-std::vector<at::Tensor> Optimizer::distinct_parameters() const {
+std::vector<at::Tensor> Optimizer::distinct_parameters() {
+  make_rooms();
   std::vector<at::Tensor> all;
   for (const auto& room : rooms_) all.insert(all.end(), room->leaves.begin(), room->leaves.end());
   return all;
@@ -292,70 +391,6 @@ int64_t Optimizer::refresh_masters() {
     room->remember();
   }
   return total;
-}
-
-// ---- checkpoints
-// ---------------------------------------------------------------------------------
-
-void Optimizer::save(torch::serialize::OutputArchive& archive) const {
-  c10::Dict<std::string, at::Tensor> state;
-  for (const auto& room : rooms_)
-    for (const auto i : c10::irange(room->params.size())) {
-      const std::string at = std::to_string(room->index) + "." + std::to_string(i) + ".";
-      state.insert(at + "step", room->steps[int64_t(i)].clone());
-      for (const auto& [key, tensors] : room->states) state.insert(at + key, tensors[i].clone());
-      state.insert(at + "master", api::read_masters({room->params[i]}, {room->masters[i]})[0]);
-    }
-  archive.write("halfstep_format", c10::IValue(int64_t(1)));
-  archive.write("halfstep_optimizer", c10::IValue(std::string(kind_)));
-  archive.write("halfstep_state", c10::IValue(state));
-}
-
-void Optimizer::load(torch::serialize::InputArchive& archive) {
-  const at::NoGradGuard no_grad;
-  make_rooms();
-  c10::IValue format, kind, saved;
-  TORCH_CHECK(archive.try_read("halfstep_format", format) &&
-                  archive.try_read("halfstep_optimizer", kind) &&
-                  archive.try_read("halfstep_state", saved),
-              "the file holds no halfstep optimizer");
-  TORCH_CHECK(format.toInt() == 1, "optimizer state has format ", format.toInt(),
-              "; this halfstep reads format 1");
-  TORCH_CHECK(kind.toStringRef() == kind_, "optimizer state is of ", kind.toStringRef(),
-              " but this optimizer is ", kind_);
-  const auto state = saved.toGenericDict();
-  std::vector<std::pair<at::Tensor, at::Tensor>> copies;  // target, value: written after all checks
-  size_t used = 0;
-  for (const auto& room : rooms_)
-    for (const auto i : c10::irange(room->params.size())) {
-      const std::string at = std::to_string(room->index) + "." + std::to_string(i) + ".";
-      const auto find = [&](const std::string& key) {
-        TORCH_CHECK(state.contains(at + key), "optimizer state of '", room->names[i], "' has no '",
-                    key, "'");
-        ++used;
-        return state.at(at + key).toTensor();
-      };
-      copies.emplace_back(room->steps[int64_t(i)], find("step"));
-      for (const auto& [key, tensors] : room->states) {
-        copies.emplace_back(tensors[i], find(key));
-        TORCH_CHECK(copies.back().second.sizes() == tensors[i].sizes(), "optimizer state '", key,
-                    "' of '", room->names[i], "' is ", copies.back().second.sizes(),
-                    " but the parameter is ", tensors[i].sizes());
-      }
-      const at::Tensor value = find("master").to(room->params[i].device());
-      check_fits(value, room->params[i], room->params[i].scalar_type(), room->names[i]);
-      const at::Tensor weight = at::zeros_like(room->params[i]);
-      const at::Tensor master = at::zeros_like(room->masters[i]);
-      api::write_masters_({value}, {weight}, {master}, at::zeros({1}, room->steps.options()));
-      const auto differs = (weight != room->params[i]).sum().item<int64_t>();
-      TORCH_CHECK(differs == 0, "optimizer state is for other weights: '", room->names[i],
-                  "' differs in ", differs, " of ", weight.numel(),
-                  " elements; load the model first");
-      copies.emplace_back(room->masters[i], master);
-    }
-  TORCH_CHECK(used == state.size(), "optimizer state has ", state.size(),
-              " entries but this optimizer has ", used);
-  for (auto& [target, value] : copies) target.copy_(value);
 }
 
 }  // namespace halfstep::optim

@@ -8,6 +8,7 @@ from ._library import _C, PACKAGE, cuda_status
 from . import lr_scheduler, optim, policies
 from .amp import GradScaler, ScalerStats, autocast
 from .cast import CastReport, cast_model, evaluate_in, export_state_dict, load_state_dict
+from .checkpoint import load, save
 
 __version__ = _C.build_info()["version"]
 cmake_prefix_path = str(PACKAGE / "share" / "cmake")
@@ -27,4 +28,4 @@ def doctor():
 
 
 __all__ = ["CastReport", "GradScaler", "ScalerStats", "autocast", "cast_model", "cmake_prefix_path", "cuda_status", "doctor", "evaluate_in",
-           "export_state_dict", "include_path", "load_state_dict", "lr_scheduler", "optim", "policies", "set_overrides"]
+           "export_state_dict", "include_path", "load", "load_state_dict", "lr_scheduler", "optim", "policies", "save", "set_overrides"]

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch.amp.grad_scaler import OptState
 
-from . import optim, policies
+from . import checkpoint, optim, policies
 from ._library import H
 
 _SCALE, _TRACKER, _CLEAN, _APPLIED, _SKIPPED, _CONSECUTIVE, _LAST_BAD = 0, 1, 3, 4, 5, 6, 7
@@ -375,37 +375,25 @@ class GradScaler(torch.amp.GradScaler):
         """torch's five keys at top level, the whole state under "halfstep". Call it between iterations."""
         if not self._enabled:
             return {}
-        state = self._state if self._state is not None else H.init_scale_state(self._rule.vector())
+        loaded = self._loaded_state if self._loaded_state is not None else H.init_scale_state(self._rule.vector())
+        state = self._state if self._state is not None else loaded
         return {**super().state_dict(), "halfstep": {"format": 1, "state": state.tolist(), "policy": self._rule.vector().tolist(), "updates": self._updates}}
 
     def load_state_dict(self, state_dict):
-        """Loads ours or torch's; a refused load changes nothing."""
+        """Loads ours or torch's; a refused load changes nothing. The policy of a halfstep state comes with it."""
         if not self._enabled:
             return
-        if not state_dict:
-            raise RuntimeError("The source state dict is empty, possibly because it was saved from a disabled instance of GradScaler.")
-        for key in ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"):
-            if key not in state_dict:
-                raise ValueError(f"scaler state has no '{key}' (keys: {', '.join(map(str, state_dict))})")
-        scale = float(state_dict["scale"])
-        if not (policies.LOWEST_SCALE <= scale <= policies.HIGHEST_SCALE):
-            raise ValueError(f"scaler state has scale {scale}; expected between 2^-126 and 2^127")
-        own = state_dict.get("halfstep")
-        if own is not None and (own.get("format") != 1 or len(own["state"]) != 16):
-            raise ValueError(f"scaler state has format {own.get('format')} with {len(own.get('state', []))} numbers; this halfstep reads format 1 with 16")
-        self._init_scale, self._init_growth_tracker = scale, state_dict["_growth_tracker"]
-        self._growth_factor, self._backoff_factor = state_dict["growth_factor"], state_dict["backoff_factor"]
-        self._growth_interval = state_dict["growth_interval"]
-        if own is None or own["policy"][0] == 1:
-            self._rebuild_policy()
-        loaded = H.init_scale_state(self._rule.vector())
-        if own is not None:
-            loaded = torch.tensor(own["state"], dtype=torch.float64)
-            self._updates = own.get("updates", 0)
-        loaded[_SCALE], loaded[_TRACKER] = scale, state_dict["_growth_tracker"]
-        self._loaded_state = loaded
+        self._rule, numbers, updates = checkpoint.read_scaler_state(state_dict, self._rule)
+        self._updates = self._updates if updates is None else updates
+        self._init_scale, self._init_growth_tracker = numbers[_SCALE], int(numbers[_TRACKER])
+        self._growth_factor, self._backoff_factor = float(state_dict["growth_factor"]), float(state_dict["backoff_factor"])
+        self._growth_interval = int(state_dict["growth_interval"])
+        self._loaded_state = torch.tensor(numbers, dtype=torch.float64)
+        unknown = torch.tensor([float("nan"), 0.0], dtype=torch.float64)  # norm and overflow count of a step before our time
+        self._snapshots = [(self._updates, torch.cat([self._loaded_state, unknown]), [], None)]
         if self._state is not None:
-            self._state.copy_(loaded)
+            self._policy_vector.copy_(self._rule.vector())
+            self._state.copy_(self._loaded_state)
             self._scale.copy_(self._state[_SCALE])
 
     def get_scale(self):

@@ -5,6 +5,7 @@ import weakref
 
 import torch
 
+from . import checkpoint
 from ._library import H
 
 _SIXTEEN = (torch.float16, torch.bfloat16)
@@ -286,119 +287,32 @@ class Optimizer(torch.optim.Optimizer):
         return found
 
     # -- checkpoints -----------------------------------------------------------------------------
-    @torch.no_grad()
     def state_dict(self, packed=False):
-        """torch's keys in FP32 (FP64) plus `master`, or with packed=True the int16 remainder as it is held."""
-        packed_groups = super().state_dict()["param_groups"]
-        state, index = {}, 0
-        for room in self._rooms:
-            exact = H.read_masters([p.detach() for p in room.params], room.masters) if room.params else []
-            for i in range(len(room.params)):
-                entry = {"step": room.steps[i].to(torch.float32)}
-                entry.update({key: tensors[i].clone() for key, tensors in room.states.items()})
-                if room.masters[i].numel():
-                    if packed and room.masters[i].dtype == torch.int16:
-                        entry["remainder"] = room.masters[i].clone()
-                    else:
-                        entry["master"] = exact[i]
-                state[index] = entry
-                index += 1
-        return {"format": 1, "optimizer": type(self).__name__, "state": state, "param_groups": packed_groups}
-
-    @torch.no_grad()
-    def to_torch_state_dict(self):
-        """A state dict that torch.optim's class of the same name loads; FP32 weights travel through export_state_dict."""
-        own = self.state_dict()
-        for entry in own["state"].values():
-            entry.pop("master", None)
-        drop = ("master", "grad_dtype")
-        groups = [{k: v for k, v in g.items() if k not in drop} for g in own["param_groups"]]
-        for group in groups:
-            group.update(foreach=None, capturable=False, differentiable=False, fused=None)
-        state = {i: e for i, e in own["state"].items() if float(e["step"]) > 0}
-        return {"state": self._torch_state(state), "param_groups": groups}
-
-    def _torch_state(self, state):
+        """torch's keys in FP32 (FP64) plus `master`, or with packed=True the int16 remainder as it is held. All tensors are copies."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state = checkpoint.optimizer_state(self, packed)
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, state)
+            state = state if changed is None else changed
         return state
 
-    @torch.no_grad()
+    def to_torch_state_dict(self):
+        """A state dict that torch.optim's class of the same name loads; FP32 weights travel through export_state_dict."""
+        return checkpoint.torch_state(self)
+
     def load_state_dict(self, state_dict, masters="saved"):
         """Loads our format or torch.optim's. Everything is checked first; a refused load changes nothing.
 
         masters="from_params": keep the moments, take the masters from the weights as they are.
         """
-        plan = self._plan_load(state_dict, masters)
-        groups = state_dict["param_groups"]
-        for room, saved in zip(self._rooms, groups):
-            for key, value in saved.items():
-                if key in room.group and key not in ("params", "param_names", "master", "grad_dtype"):
-                    if isinstance(room.group[key], torch.Tensor):
-                        room.group[key].copy_(torch.as_tensor(value))
-                    else:
-                        room.group[key] = value
-            room.lr_value = None
-        for copies in plan:
-            for target, value in copies:
-                target.copy_(value)
-        for room in self._rooms:
-            room.remember()
-
-    def _plan_load(self, state_dict, masters):
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"optimizer state has no '{key}' (keys: {', '.join(map(str, state_dict))})")
-        if "format" in state_dict and state_dict["format"] != 1:
-            raise ValueError(f"optimizer state has format {state_dict['format']}; this halfstep reads format 1")
-        saved_kind = state_dict.get("optimizer", type(self).__name__)
-        if saved_kind != type(self).__name__:
-            raise ValueError(f"optimizer state is of {saved_kind} but this optimizer is {type(self).__name__}")
-        groups = state_dict["param_groups"]
-        if len(groups) != len(self._rooms):
-            raise ValueError(f"optimizer state has {len(groups)} parameter groups but the optimizer has {len(self._rooms)}")
-        plan = []
-        for room, saved in zip(self._rooms, groups):
-            if len(saved["params"]) != len(room.params):
-                raise ValueError(f"optimizer state has {len(saved['params'])} parameters in group {room.index} but the optimizer has {len(room.params)}")
-            for i, key in enumerate(saved["params"]):
-                entry = state_dict["state"].get(key, {})
-                plan.append(self._plan_param(room, i, entry, masters))
-        return plan
-
-    def _plan_param(self, room, i, entry, masters):
-        param, name = room.params[i], room.names[i]
-        copies = [(room.steps[i], torch.as_tensor(entry.get("step", 0)).to(torch.int64))]
-        for key, tensors in room.states.items():
-            value = entry.get(key)
-            if value is None and entry and self._required(key, entry):
-                raise ValueError(f"optimizer state of '{name}' has no '{key}' (keys: {', '.join(entry)})")
-            if value is not None and value.shape != param.shape:
-                raise ValueError(f"optimizer state '{key}' of '{name}' is {list(value.shape)} but the parameter is {list(param.shape)}")
-            copies.append((tensors[i], torch.zeros_like(tensors[i]) if value is None else value))
-        if room.masters[i].numel() == 0:
-            return copies
-        fresh_param, fresh = torch.zeros_like(param, requires_grad=False), torch.zeros_like(room.masters[i])
-        if masters == "from_params" or ("master" not in entry and "remainder" not in entry):
-            value = param.detach()
-        elif "remainder" in entry:
-            if room.masters[i].dtype != torch.int16 or entry["remainder"].shape != param.shape:
-                raise ValueError(f"optimizer state of '{name}' holds an int16 remainder {list(entry['remainder'].shape)}, but its master here is "
-                                 f"{room.masters[i].dtype} {list(room.masters[i].shape)}; save with packed=False")
-            value = H.read_masters([param.detach()], [entry["remainder"].to(param.device)])[0]
-        else:
-            value = entry["master"]
-            if value.shape != param.shape:
-                raise ValueError(f"optimizer state 'master' of '{name}' is {list(value.shape)} but the parameter is {list(param.shape)}")
-        check_fits(value, param, name)
-        H.write_masters_([value.to(param.device)], [fresh_param], [fresh], torch.zeros(1, dtype=torch.int64, device=param.device))
-        differs = int(((fresh_param != param.detach()) & ~(fresh_param.isnan() & param.detach().isnan())).sum())
-        if differs:
-            raise ValueError(f"optimizer state is for other weights: '{name}' differs in {differs} of {param.numel()} elements; "
-                             'load the model first or pass masters="from_params"')
-        copies.append((room.masters[i], fresh))
-        return copies
-
-    def _required(self, key, entry):
-        return True
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        checkpoint.load_optimizer_state(self, state_dict, masters)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def __repr__(self):
         text = super().__repr__()
@@ -488,21 +402,6 @@ class SGD(Optimizer):
     def _state_names(self, group):
         return ["momentum_buffer"] if group["momentum"] != 0 else []
 
-    def _required(self, key, entry):
-        return float(entry.get("step", 1)) > 0
-
-    def _plan_param(self, room, i, entry, masters):
-        # torch.optim.SGD keeps no step; a filled buffer means that at least one was taken.
-        if entry.get("momentum_buffer") is not None and "step" not in entry:
-            entry = dict(entry, step=1.0)
-        elif entry.get("momentum_buffer") is None:
-            entry = {k: v for k, v in entry.items() if k != "momentum_buffer"}
-            entry["step"] = entry.get("step", 0) if not room.states else 0
-        return super()._plan_param(room, i, entry, masters)
-
-    def _torch_state(self, state):
-        return {i: {"momentum_buffer": e.get("momentum_buffer")} for i, e in state.items()}
-
     def _apply(self, room, grads, control):
         g = room.group
         H.sgd_step_([p.detach() for p in room.params], grads, room.masters, room.states.get("momentum_buffer", []), room.steps,
@@ -581,17 +480,9 @@ class Masters(torch.optim.Optimizer):
         return [copy.detach().clone() for _, copy in self._pairs]
 
     def state_dict(self):
-        return {"format": 1, "optimizer": "Masters", "inner": self.inner.state_dict(), "masters": self.master_params()}
+        """The inner optimizer's state dict plus `master`."""
+        return checkpoint.masters_state(self)
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict):
-        if state_dict.get("optimizer") != "Masters":
-            raise ValueError(f"optimizer state is of {state_dict.get('optimizer')} but this optimizer is Masters")
-        if len(state_dict["masters"]) != len(self._pairs):
-            raise ValueError(f"optimizer state has {len(state_dict['masters'])} masters but the optimizer has {len(self._pairs)} parameters")
-        for value, (param, _) in zip(state_dict["masters"], self._pairs):
-            check_fits(value, param, "parameter")
-        self.inner.load_state_dict(state_dict["inner"])
-        for value, (param, copy) in zip(state_dict["masters"], self._pairs):
-            copy.copy_(value)
-            param.copy_(value)
+    def load_state_dict(self, state_dict, masters="saved"):
+        """Loads ours, or one of the inner class. Everything is checked first; load the model before."""
+        checkpoint.load_masters_state(self, state_dict, masters)

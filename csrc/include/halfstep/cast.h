@@ -53,9 +53,4 @@ class HALFSTEP_NODISCARD_API EvaluateIn {
 HALFSTEP_API torch::OrderedDict<std::string, at::Tensor> export_state_dict(
     torch::nn::Module& model, optim::Optimizer& optimizer, c10::ScalarType dtype = c10::kFloat);
 
-/// Reads a file of torch::save(module, path) and converts to the dtypes of `model`, where
-/// torch::load would reinterpret bytes. Everything is checked first; a refused file changes
-/// nothing. Make the optimizer afterwards: its masters begin at the file's exact values.
-HALFSTEP_API void load(torch::nn::Module& model, const std::string& path);
-
 }  // namespace halfstep

@@ -26,7 +26,7 @@ class HALFSTEP_API GradScalerOptions {
   bool enabled_ = true;
 };
 
-/// The last update, as numbers.
+/// The newest update that the device has finished, as numbers.
 struct ScalerStats {
   int64_t step = 0;  ///< updates so far
   double scale = 0;
@@ -59,8 +59,9 @@ class HALFSTEP_API GradScaler {
   /// Divides the optimizer's gradients by the scale; 16-bit gradients of halfstep optimizers become
   /// FP32.
   void unscale_(torch::optim::Optimizer& optimizer);
-  /// The optimizer's step unless a gradient is non-finite. The closure is evaluated once, before
-  /// it.
+  /// The optimizer's step unless a gradient is non-finite. The closure, which scales the loss that
+  /// it calls backward on and returns the plain one, is evaluated before it; an optimizer of torch
+  /// may evaluate it again (LBFGS), and a non-finite gradient then takes the whole step back.
   at::Tensor step(torch::optim::Optimizer& optimizer,
                   const torch::optim::Optimizer::LossClosure& closure = nullptr);
   void update(std::optional<double> new_scale = std::nullopt);
@@ -71,13 +72,18 @@ class HALFSTEP_API GradScaler {
 
   double get_scale() const;
   const at::Tensor& scale_tensor() const;
-  ScalerStats stats() const;
+  ScalerStats stats() const;  ///< never waits for a device
   bool step_was_skipped() const;
   bool step_was_skipped(const torch::optim::Optimizer& optimizer) const;
   bool is_enabled() const;
 
+  /// What hs.GradScaler.state_dict() returns in Python: torch's five keys, and ours under
+  /// "halfstep". Call it between iterations.
+  StateDict state_dict() const;
+  /// Takes ours or torch's, from either language. A refused load leaves the scaler as it was.
+  void load_state_dict(const StateDict& state);
+  /// For torch::save and torch::load: state_dict() as an archive, which only C++ reads.
   void save(torch::serialize::OutputArchive& archive) const;
-  /// A refused load leaves the scaler as it was.
   void load(torch::serialize::InputArchive& archive);
 
  private:

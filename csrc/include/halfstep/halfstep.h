@@ -4,9 +4,11 @@
 
 #include "autocast.h"
 #include "cast.h"
+#include "checkpoint.h"
 #include "cuda.h"
 #include "grad_scaler.h"
 #include "optim.h"
 #include "overrides.h"
 #include "policies.h"
+#include "state_dict.h"
 #include "version.h"

@@ -12,12 +12,17 @@
 #include <vector>
 
 #include "export.h"
+#include "state_dict.h"
 
 namespace halfstep {
 
 /// What keeps a weight exact: an int16 beside a 16-bit weight, a full copy, or nothing.
 /// kAuto: kSplit16 for float16 and bfloat16 parameters, kNone for float32 and float64.
 enum class Master { kAuto, kNone, kSplit16, kFp32, kFp64 };
+
+/// Where load_state_dict takes the masters from: the state, or the weights as they are
+/// ("from_params" in Python).
+enum class LoadMasters { kSaved, kFromParams };
 
 class GradScaler;
 
@@ -36,8 +41,11 @@ struct HALFSTEP_API AdamOptions : torch::optim::OptimizerCloneableOptions<AdamOp
   TORCH_ARG(bool, amsgrad) = false;
   TORCH_ARG(bool, maximize) = false;
   TORCH_ARG(Master, master) = Master::kAuto;
-  TORCH_ARG(std::optional<double>, max_grad_norm) = std::nullopt;  ///< global, over all groups
+  /// Global, over all groups: one an optimizer, from the options that it was made with.
+  TORCH_ARG(std::optional<double>, max_grad_norm) = std::nullopt;
   TORCH_ARG(bool, skip_nonfinite) = true;
+  /// kFloat: gradients of 16-bit parameters are kept, and micro-batches summed, in FP32.
+  TORCH_ARG(std::optional<at::ScalarType>, grad_dtype) = std::nullopt;
 
  public:
   double get_lr() const override { return lr_; }
@@ -60,6 +68,8 @@ struct HALFSTEP_API SGDOptions : torch::optim::OptimizerCloneableOptions<SGDOpti
   TORCH_ARG(Master, master) = Master::kAuto;
   TORCH_ARG(std::optional<double>, max_grad_norm) = std::nullopt;
   TORCH_ARG(bool, skip_nonfinite) = true;
+  /// kFloat: gradients of 16-bit parameters are kept, and micro-batches summed, in FP32.
+  TORCH_ARG(std::optional<at::ScalarType>, grad_dtype) = std::nullopt;
 
  public:
   double get_lr() const override { return lr_; }
@@ -75,6 +85,9 @@ class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
 
   /// One update from the gradients as they are. Returns the closure's loss, if any.
   at::Tensor step(LossClosure closure = nullptr) override;
+  /// torch's, with the refusals of the constructor. Masters and states are made at the next step.
+  void add_param_group(const torch::optim::OptimizerParamGroup& group);
+
   /// Copies of the exact weights, float32 (float64 where the weight or its master is).
   std::vector<at::Tensor> master_params();
   /// Sets weights and masters exactly; values that do not fit are refused before anything is
@@ -84,33 +97,50 @@ class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
   /// changed.
   int64_t refresh_masters();
   /// The parameters, in the order of master_params(); tied parameters once.
-  std::vector<at::Tensor> distinct_parameters() const;
+  std::vector<at::Tensor> distinct_parameters();
   /// The tensors it holds for its parameters, not copies: masters, moments and step counts.
   std::vector<at::Tensor> state_tensors() const;
   /// Steps skipped without a scaler, for a non-finite gradient.
   int64_t steps_skipped() const { return steps_skipped_; }
 
+  /// What hs.optim's state_dict() returns in Python: torch's keys in FP32 (FP64) and `master`, or,
+  /// packed, the int16 remainder as it is held. All tensors are copies.
+  StateDict state_dict(bool packed = false);
+  /// Takes ours or torch.optim's, from either language: options, moments, masters. Load the model
+  /// first. Everything is checked first; a refused load leaves the optimizer as it was.
+  void load_state_dict(const StateDict& state, LoadMasters masters = LoadMasters::kSaved);
+  /// For torch::save and torch::load: state_dict() as an archive, which only C++ reads.
   void save(torch::serialize::OutputArchive& archive) const override;
-  /// Everything is checked first; a refused load leaves the optimizer as it was.
   void load(torch::serialize::InputArchive& archive) override;
 
  protected:
   friend class halfstep::GradScaler;
-  Optimizer(std::vector<torch::optim::OptimizerParamGroup> groups, std::vector<std::string> names,
-            std::unique_ptr<torch::optim::OptimizerOptions> defaults, const char* kind);
+  using Options = torch::optim::OptimizerOptions;
+  using Group = torch::optim::OptimizerParamGroup;
+  Optimizer(std::vector<Group> groups, std::vector<std::string> names,
+            std::unique_ptr<Options> defaults, const char* kind);
 
-  virtual std::vector<const char*> state_names(
-      const torch::optim::OptimizerOptions& options) const = 0;
+  /// Refuses options of another type, and values out of range; `where` begins the message.
+  virtual void check_options(const Options& options, const std::string& where) const = 0;
+  virtual std::vector<const char*> state_names(const Options& options) const = 0;
   virtual void apply(Room& room, const at::Tensor& control) = 0;
-  /// Master, clip norm and skip rule of a group, whichever options type it has.
+  /// What every options type has.
   struct Common {
     Master master;
     std::optional<double> max_grad_norm;
     bool skip_nonfinite;
+    std::optional<at::ScalarType> grad_dtype;
   };
-  virtual Common common(const torch::optim::OptimizerOptions& options) const = 0;
+  virtual Common common(const Options& options) const = 0;
+  /// torch's names of the hyperparameters, with their values.
+  virtual void write_options(const Options& options, StateDict& out) const = 0;
+  /// `options` with the hyperparameters of `saved`.
+  virtual std::unique_ptr<Options> read_options(const Options& options,
+                                                const StateDict& saved) const = 0;
 
   void make_rooms();
+  void extend(Room& room);
+  void check_loaded_storages() const;
   std::vector<std::pair<Room*, at::Tensor>> gather_stats();
   void step_with(const at::Tensor& scale, const at::Tensor& found_inf, const at::Tensor& clip,
                  const std::vector<std::pair<Room*, at::Tensor>>& stats, bool judged);
@@ -134,9 +164,13 @@ class HALFSTEP_API Adam : public Optimizer {
  protected:
   Adam(std::vector<torch::optim::OptimizerParamGroup> groups, std::vector<std::string> names,
        std::unique_ptr<AdamOptions> defaults, bool decoupled);
-  std::vector<const char*> state_names(const torch::optim::OptimizerOptions&) const override;
+  void check_options(const Options& options, const std::string& where) const override;
+  std::vector<const char*> state_names(const Options&) const override;
   void apply(Room& room, const at::Tensor& control) override;
-  Common common(const torch::optim::OptimizerOptions& options) const override;
+  Common common(const Options& options) const override;
+  void write_options(const Options& options, StateDict& out) const override;
+  std::unique_ptr<Options> read_options(const Options& options,
+                                        const StateDict& saved) const override;
 
  private:
   bool decoupled_ = false;
@@ -160,9 +194,13 @@ class HALFSTEP_API SGD : public Optimizer {
                SGDOptions options = SGDOptions());
 
  protected:
-  std::vector<const char*> state_names(const torch::optim::OptimizerOptions&) const override;
+  void check_options(const Options& options, const std::string& where) const override;
+  std::vector<const char*> state_names(const Options&) const override;
   void apply(Room& room, const at::Tensor& control) override;
-  Common common(const torch::optim::OptimizerOptions& options) const override;
+  Common common(const Options& options) const override;
+  void write_options(const Options& options, StateDict& out) const override;
+  std::unique_ptr<Options> read_options(const Options& options,
+                                        const StateDict& saved) const override;
 };
 
 }  // namespace optim

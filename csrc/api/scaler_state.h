@@ -1,0 +1,81 @@
+#pragma once
+
+#include <halfstep/grad_scaler.h>
+
+#include <c10/core/Event.h>
+
+#include <deque>
+#include <map>
+
+#include "../math/grads.h"
+#include "../math/scale.h"
+#include "room.h"
+
+namespace halfstep {
+
+using GradStats = std::vector<std::pair<optim::Optimizer::Room*, at::Tensor>>;
+
+/// Where one optimizer stands between two updates.
+struct Progress {
+  enum Stage { kReady, kUnscaled, kStepped } stage = kReady;
+  at::Tensor found_inf;  ///< 0-d float on the scale's device, once known
+  at::Tensor clip;
+};
+
+/// One update's numbers on the host: state, norm, overflow count, totals of each group.
+struct Snapshot {
+  static constexpr int64_t kNorm = math::kStateEntries;
+  static constexpr int64_t kOverflowed = kNorm + 1;
+  static constexpr int64_t kRows = kNorm + 2;
+
+  int64_t updates = 0;
+  at::Tensor numbers;
+  std::vector<std::vector<std::string>> names;
+  std::optional<c10::Event> copied;  ///< on a device: done once the copy to the host is
+};
+
+struct GradScaler::State {
+  policies::Rule rule;
+  std::optional<c10::Device> device;
+  bool enabled = true;
+  at::Tensor scale, numbers, policy;  ///< on the device, once it is known
+  at::Tensor loaded;                  ///< state read before the device is known
+  std::map<torch::optim::Optimizer*, Progress> progress;
+  std::map<const torch::optim::Optimizer*, at::Tensor> last_found;
+  bool fresh = true;
+  int64_t updates = 0;
+  std::vector<at::Tensor> norms, overflowed;
+  std::vector<std::pair<at::Tensor, std::vector<std::string>>> rows;
+  std::deque<Snapshot> snapshots;  ///< the newest last
+  bool warned_flush = false;
+  int zero_steps = 0;
+
+  void make(c10::Device on);
+  void require(const char* call) const;
+  void begin();
+  at::Tensor bad_of(const std::vector<at::Tensor>& flags) const;
+  void unscale(torch::optim::Optimizer& optimizer, Progress& progress);
+  void step_ours(optim::Optimizer& optimizer, Progress& progress);
+  at::Tensor step_other(torch::optim::Optimizer& optimizer, Progress& progress,
+                        const torch::optim::Optimizer::LossClosure& closure,
+                        const at::Tensor& loss);
+
+  // ---- telemetry: scaler_stats.cpp
+  GradStats stats_of(torch::optim::Optimizer& optimizer) const;
+  void record(const GradStats& stats, const at::Tensor& control);
+  /// Queues one copy of this update's numbers to the host; nothing waits for it.
+  void take_snapshot();
+  /// A snapshot of what was loaded, so that stats() goes on from there.
+  void show_loaded();
+  void watch_zeros(const at::Tensor& numbers);
+};
+
+/// The tensor with a gradient's numbers: the values of a sparse one.
+inline at::Tensor values_of(const at::Tensor& grad) {
+  return grad.is_sparse() ? grad._values() : grad;
+}
+
+/// A policy's or a state's sixteen numbers as a tensor on the CPU.
+at::Tensor vector_of(const std::array<double, 16>& numbers);
+
+}  // namespace halfstep

@@ -1,0 +1,408 @@
+"""Checkpoints: files that appear whole or not at all, and the state dicts of the optimizers (format 1, csrc/api/optim_state.cpp)."""
+
+import contextlib
+import itertools
+import math
+import os
+import pickle
+import zipfile
+
+import torch
+
+from . import policies
+from ._library import H
+
+_FOREIGN = ("params", "param_names", "master", "grad_dtype", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
+_ENTRIES = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "master", "remainder", "weight_checksum"}
+_count = itertools.count()
+
+
+# -- files -----------------------------------------------------------------------------------------
+def save(obj, path):
+    """torch.save to `path`, written beside it, synced and renamed: `path` always holds a whole file, the old or the new."""
+    target = os.path.realpath(os.fspath(path))  # a link keeps pointing where it does
+    folder = os.path.dirname(target)
+    temporary = f"{target}.tmp.{os.getpid()}.{next(_count)}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    entry = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(entry)
+    finally:
+        os.close(entry)
+
+
+def load(path, map_location=None):
+    """torch.load(path, weights_only=True); a file that cannot be read raises an error with its name."""
+    path = os.fspath(path)
+    if zipfile.is_zipfile(path):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+            if any(name.endswith("/constants.pkl") for name in file.namelist()):
+                raise RuntimeError(f"cannot read '{path}' as a checkpoint: it is an archive of torch::save, which only C++ reads; write it with halfstep::save")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+        if getattr(error, "filename", None) is not None:
+            raise  # no such file, or one that may not be opened: it has its name
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise RuntimeError(f"cannot read '{path}' as a checkpoint: {reason[0]}") from error
+
+
+# -- optimizers: out -------------------------------------------------------------------------------
+def weight_checksum(weight):
+    """Over the bits of a 16-bit weight: what shows that a remainder belongs to another weight."""
+    bits, block, total = weight.detach().contiguous().view(torch.int16).flatten(), 1 << 20, 0
+    places = torch.arange(1, 2 * min(block, bits.numel()) + 1, 2, device=bits.device)
+    for part in bits.split(block) if bits.numel() else ():
+        total = (total * 1000003 + int(((part.long() + 1) * places[:part.numel()]).sum())) & ((1 << 62) - 1)
+    return total
+
+
+def _packed_groups(groups):
+    """torch's form: parameters by number."""
+    numbers = itertools.count()
+    return [{**{k: v for k, v in group.items() if k != "params"}, "params": [next(numbers) for _ in group["params"]]} for group in groups]
+
+
+@torch.no_grad()
+def optimizer_state(optimizer, packed=False):
+    for room in optimizer._rooms:
+        room.follow_move()
+    optimizer._follow_edits()
+    state = {}
+    for room in optimizer._rooms:
+        exact = H.read_masters([p.detach() for p in room.params], room.masters) if room.params else []
+        for i, param in enumerate(room.params):
+            entry = {"step": room.steps[i].to(torch.float32), **{key: tensors[i].clone() for key, tensors in room.states.items()}}
+            if room.masters[i].numel() and packed and room.masters[i].dtype == torch.int16:
+                entry.update(remainder=room.masters[i].clone(), weight_checksum=weight_checksum(param))
+            elif room.masters[i].numel():
+                entry["master"] = exact[i]
+            state[len(state)] = entry
+    return {"format": 1, "optimizer": type(optimizer).__name__, "state": state, "param_groups": _packed_groups(optimizer.param_groups)}
+
+
+def torch_state(optimizer):
+    """As torch.optim's class of the same name writes it."""
+    own = optimizer_state(optimizer)
+    state = {i: {k: v for k, v in e.items() if k != "master"} for i, e in own["state"].items() if float(e["step"]) > 0}
+    if "momentum" in optimizer.defaults:  # torch's SGD counts no steps
+        state = {i: {"momentum_buffer": e.get("momentum_buffer")} for i, e in state.items()}
+    groups = [{k: v for k, v in g.items() if k not in ("master", "grad_dtype")} for g in own["param_groups"]]
+    for group in groups:
+        group.update(foreach=None, differentiable=False, fused=None)
+        if "betas" in group:
+            group.update(capturable=False, decoupled_weight_decay=type(optimizer).__name__ == "AdamW")
+    return {"state": state, "param_groups": groups}
+
+
+# -- optimizers: in --------------------------------------------------------------------------------
+def _keys(mapping):
+    return ", ".join(map(str, mapping))
+
+
+def _kind(state_dict):
+    """Ours says it; of torch's files the hyperparameters tell."""
+    groups = state_dict["param_groups"]
+    if "optimizer" in state_dict or not groups:
+        return state_dict.get("optimizer", "")
+    if "betas" in groups[0] and "eps" in groups[0]:
+        decoupled = groups[0].get("decoupled_weight_decay")
+        return "Adam or AdamW" if decoupled is None else "AdamW" if decoupled else "Adam"
+    return "SGD" if "momentum" in groups[0] and "dampening" in groups[0] else f"an optimizer with {_keys(groups[0])}"
+
+
+def check_header(state_dict, kind, lengths):
+    """Refuses another format, another optimizer, other numbers of groups and parameters. Returns whether it is our format."""
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"optimizer state has no '{key}' (keys: {_keys(state_dict)})")
+    if state_dict.get("format", 1) != 1:
+        raise ValueError(f"optimizer state has format {state_dict['format']}; this halfstep reads format 1")
+    found = _kind(state_dict)
+    if found and found != kind and not (found == "Adam or AdamW" and kind in ("Adam", "AdamW")):
+        raise ValueError(f"optimizer state is of {found} but this optimizer is {kind}")
+    groups = state_dict["param_groups"]
+    if len(groups) != len(lengths):
+        raise ValueError(f"optimizer state has {len(groups)} parameter groups but the optimizer has {len(lengths)}")
+    for i, (group, length) in enumerate(zip(groups, lengths)):
+        if len(group["params"]) != length:
+            raise ValueError(f"optimizer state has {len(group['params'])} parameters in group {i} but the optimizer has {length}")
+    return "format" in state_dict
+
+
+def _check_option(key, value, like, group):
+    """A hyperparameter has the type of the one that is there, and a value that the constructor would take."""
+    where = f"optimizer state has {key} {value!r} in group {group}"
+    number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) or isinstance(x, torch.Tensor) and x.numel() == 1
+    if isinstance(like, bool):
+        good, expected = isinstance(value, bool), "True or False"
+    elif isinstance(like, (tuple, list)):
+        good, expected = isinstance(value, (tuple, list)) and len(value) == 2 and all(number(x) and 0 <= x < 1 for x in value), "two numbers from 0 to below 1"
+    elif isinstance(like, (int, float, torch.Tensor)):
+        good, expected = number(value) and (key == "dampening" or float(value) >= 0), "a number >= 0"
+    else:
+        return
+    if not good:
+        raise ValueError(f"{where}; expected {expected}")
+
+
+def _step(entry, name):
+    value = entry["step"]
+    if isinstance(value, torch.Tensor) and value.numel() != 1 or not isinstance(value, (int, float, torch.Tensor)):
+        raise ValueError(f"optimizer state 'step' of '{name}' is {value!r}; expected one number")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"optimizer state 'step' of '{name}' is {float(value)}; expected a number >= 0")
+    return int(value)
+
+
+def _tensor(entry, key, param, name, integer=False):
+    value = entry[key]
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"optimizer state '{key}' of '{name}' is {type(value).__name__}; expected a tensor")
+    if value.shape != param.shape:
+        raise ValueError(f"optimizer state '{key}' of '{name}' is {list(value.shape)} but the parameter is {list(param.shape)}")
+    if value.dtype != torch.int16 if integer else not value.is_floating_point():
+        raise ValueError(f"optimizer state '{key}' of '{name}' is {value.dtype}; expected {'int16' if integer else 'a floating dtype'}")
+    return value.to(param.device)
+
+
+def _missing(entry, key, name):
+    return ValueError(f"optimizer state of '{name}' has no '{key}' (keys: {_keys(entry)})")
+
+
+def _plan_states(entry, names, param, name, ours):
+    """(step, {key: tensor or None for zero}). Ours has every key; torch's has none for a parameter that was never stepped,
+    and its SGD counts no steps: a buffer means that at least one was taken."""
+    momentum = names[:1] == ["momentum_buffer"]
+    if (ours or entry and names and not momentum) and "step" not in entry:
+        raise _missing(entry, "step", name)
+    step, states = _step(entry, name) if "step" in entry else 0, {}
+    for key in names:
+        present = entry.get(key) is not None
+        if not present and (ours or entry and not momentum):
+            raise _missing(entry, key, name)
+        states[key] = _tensor(entry, key, param, name) if present else None
+    if momentum and not ours:
+        step = max(step, 1) if states["momentum_buffer"] is not None else 0
+    return step, states
+
+
+def _exact(entry, param, held, name, ours, masters):
+    """The exact value that the saved master stands for, or the weight where none was saved."""
+    hint = '; load the model first or pass masters="from_params"'
+    if masters == "from_params":
+        return param.detach()
+    if entry.get("remainder") is not None:
+        if held.dtype != torch.int16:
+            raise ValueError(f"optimizer state of '{name}' holds an int16 remainder, but its master here is {held.dtype}; save with packed=False")
+        remainder = _tensor(entry, "remainder", param, name, integer=True)
+        if "weight_checksum" not in entry:
+            raise _missing(entry, "weight_checksum", name)
+        if entry["weight_checksum"] != weight_checksum(param):
+            raise ValueError(f"optimizer state is for other weights: '{name}' differs{hint}")
+        return H.read_masters([param.detach()], [torch.empty_like(held).copy_(remainder)])[0]
+    if entry.get("master") is not None:
+        return _tensor(entry, "master", param, name)
+    if ours:
+        raise ValueError(f"{_missing(entry, 'master', name)}; pass masters=\"from_params\" to take it from the weights")
+    return param.detach()
+
+
+def check_weights(rounded, param, name):
+    """Refuses masters that round to other weights than the parameter's."""
+    param = param.detach()
+    differs = int(((rounded != param) & ~(rounded.isnan() & param.isnan())).sum())
+    if differs:
+        raise ValueError(f"optimizer state is for other weights: '{name}' differs in {differs} of {param.numel()} elements; "
+                         'load the model first or pass masters="from_params"')
+
+
+def _plan_master(entry, param, held, name, ours, masters):
+    """The new master, or None where none is held."""
+    from .optim import check_fits  # optim imports this module
+
+    if held.numel() == 0:
+        return None
+    value = _exact(entry, param, held, name, ours, masters)
+    check_fits(value, param, name)
+    rounded, fresh = torch.zeros_like(param, requires_grad=False), torch.zeros_like(held)
+    H.write_masters_([value], [rounded], [fresh], torch.zeros(1, dtype=torch.int64, device=param.device))
+    check_weights(rounded, param, name)
+    return fresh
+
+
+def _plan_group(optimizer, room, saved, state, ours, masters):
+    """(options, [(step, states, master)]) of one parameter group; every refusal comes from here."""
+    options = {k: v for k, v in saved.items() if k not in _FOREIGN}
+    for key, value in options.items():
+        if key in optimizer.defaults:
+            _check_option(key, value, optimizer.defaults[key], room.index)
+    names = optimizer._state_names({**room.group, **options})
+    plans = []
+    for param, held, name, number in zip(room.params, room.masters, room.names, saved["params"]):
+        entry = state.get(number, {})
+        unknown = sorted(set(entry) - _ENTRIES) if ours else None
+        if unknown:
+            raise ValueError(f"optimizer state of '{name}' has an unknown '{unknown[0]}'")
+        plans.append((*_plan_states(entry, names, param, name, ours), _plan_master(entry, param, held, name, ours, masters)))
+    return options, plans
+
+
+@torch.no_grad()
+def load_optimizer_state(optimizer, state_dict, masters="saved"):
+    if masters not in ("saved", "from_params"):
+        raise ValueError(f"masters is {masters!r}; expected 'saved' or 'from_params'")
+    ours = check_header(state_dict, type(optimizer).__name__, [len(room.params) for room in optimizer._rooms])
+    groups, state = state_dict["param_groups"], state_dict["state"]
+    if ours:
+        stray = set(state) - {number for group in groups for number in group["params"]}
+        if stray:
+            raise ValueError(f"optimizer state has an entry {sorted(stray, key=str)[0]!r} that is no parameter's")
+    for room in optimizer._rooms:
+        room.follow_move()
+    plans = [_plan_group(optimizer, room, saved, state, ours, masters) for room, saved in zip(optimizer._rooms, groups)]
+    # Nothing below is refused.
+    for room, (options, params) in zip(optimizer._rooms, plans):
+        for key, value in options.items():
+            if isinstance(room.group.get(key), torch.Tensor):
+                room.group[key].copy_(torch.as_tensor(value))
+            else:
+                room.group[key] = value.clone() if isinstance(value, torch.Tensor) else value
+        room.lr_value = None
+        room.states = {key: room.states.get(key) or [None] * len(room.params) for key in optimizer._state_names(room.group)}
+        for i, (step, states, master) in enumerate(params):
+            room.steps[i] = step
+            for key, value in states.items():
+                if room.states[key][i] is None:
+                    wide = torch.float64 in (room.params[i].dtype, room.masters[i].dtype)
+                    room.states[key][i] = torch.zeros_like(room.params[i], dtype=torch.float64 if wide else torch.float32, requires_grad=False)
+                room.states[key][i].zero_() if value is None else room.states[key][i].copy_(value)
+            if master is not None:
+                room.masters[i].copy_(master)
+        room.remember()
+        optimizer._publish(room)
+
+
+# -- hs.optim.Masters ------------------------------------------------------------------------------
+def masters_kind(optimizer):
+    return f"Masters({type(optimizer.inner).__name__})"
+
+
+@torch.no_grad()
+def masters_state(optimizer):
+    """The inner optimizer's state dict, with the master of each parameter."""
+    inner = optimizer.inner.state_dict()
+    copy = lambda value: value.detach().clone() if isinstance(value, torch.Tensor) else value
+    state = {i: {k: copy(v) for k, v in inner["state"].get(i, {}).items()} for i in range(len(optimizer._pairs))}
+    for i, (param, master) in enumerate(optimizer._pairs):
+        weight = param.detach()  # where it was edited since the last step, the master follows
+        state[i]["master"] = torch.where(master.detach().to(weight.dtype) == weight, master.detach(), weight.to(master.dtype))
+    return {"format": 1, "optimizer": masters_kind(optimizer), "state": state, "param_groups": inner["param_groups"]}
+
+
+@torch.no_grad()
+def load_masters_state(optimizer, state_dict, masters="saved"):
+    from .optim import check_fits
+
+    if masters not in ("saved", "from_params"):
+        raise ValueError(f"masters is {masters!r}; expected 'saved' or 'from_params'")
+    names = [n for g in optimizer.param_groups for n in (g.get("param_names") or [f"parameter {i}" for i in range(len(g["params"]))])]
+    inner_kind, ours = type(optimizer.inner).__name__, "format" in state_dict
+    check_header({"optimizer": inner_kind, **state_dict}, masters_kind(optimizer) if ours else inner_kind,
+                 [len(g["params"]) for g in optimizer.param_groups])
+    for i, (saved, group) in enumerate(zip(state_dict["param_groups"], optimizer.inner.param_groups)):
+        missing = sorted(set(group) - set(saved) - set(_FOREIGN))
+        if missing:
+            raise ValueError(f"optimizer state has no '{missing[0]}' in group {i} (keys: {_keys(saved)}): is it of another optimizer than {inner_kind}?")
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    values, held = [], optimizer.inner.state_dict()
+    for i, (number, name, (param, _)) in enumerate(zip(numbers, names, optimizer._pairs)):
+        entry = state_dict["state"].get(number, {})
+        for key, old in held["state"].get(i, {}).items():
+            new = entry.get(key)
+            if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.shape != new.shape:
+                raise ValueError(f"optimizer state '{key}' of '{name}' is {list(new.shape)} but here it is {list(old.shape)}")
+        if masters == "from_params" or not ours:
+            values.append(param.detach())
+            continue
+        if "master" not in entry:
+            raise _missing(entry, "master", name)
+        value = _tensor(entry, "master", param, name)
+        check_fits(value, param, name)
+        check_weights(value.to(param.dtype), param, name)
+        values.append(value)
+    stripped = {k: {key: v for key, v in e.items() if key != "master"} for k, e in state_dict["state"].items()}
+    try:
+        optimizer.inner.load_state_dict({"state": {k: e for k, e in stripped.items() if e}, "param_groups": state_dict["param_groups"]})
+    except Exception:
+        optimizer.inner.load_state_dict(held)
+        raise
+    for group, inner in zip(optimizer.param_groups, optimizer.inner.param_groups):
+        group.update({k: v for k, v in inner.items() if k not in ("params", "param_names")})
+    for value, (_, copy) in zip(values, optimizer._pairs):
+        copy.copy_(value)
+
+
+# -- the scaler ------------------------------------------------------------------------------------
+def _finite(state_dict, key):
+    value = state_dict[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)) or isinstance(value, torch.Tensor) and value.numel() != 1:
+        raise ValueError(f"scaler state '{key}' is {value!r}; expected a number")
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _sixteen(own, key):
+    values = own.get(key)
+    if not isinstance(values, (list, tuple)) or len(values) != 16 or not all(isinstance(v, (int, float)) for v in values):
+        raise ValueError(f"scaler state '{key}' is {values!r}; expected a list of 16 numbers")
+    return list(map(float, values))
+
+
+def rule_of(numbers):
+    """The policy that these sixteen numbers stand for (csrc/math/scale.h)."""
+    if numbers[0] == 0:
+        return policies.Static(numbers[1])
+    if numbers[0] != 1 or numbers[8] not in (0, 1):
+        raise ValueError(f"scaler state is of policy kind {numbers[0]:g} with refill {numbers[8]:g}; this halfstep knows kinds 0 (Static) and 1 (Dynamic)")
+    return policies.Dynamic(numbers[1], numbers[2], numbers[3], int(numbers[4]), numbers[5], numbers[6], int(numbers[7]),
+                            "growth" if numbers[8] else "clean")
+
+
+def read_scaler_state(state_dict, rule):
+    """(policy, state of sixteen numbers, updates or None) of ours or torch's state dict; every refusal comes from here."""
+    if not state_dict:
+        raise RuntimeError("The source state dict is empty, possibly because it was saved from a disabled instance of GradScaler.")
+    for key in ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"):
+        if key not in state_dict:
+            raise ValueError(f"scaler state has no '{key}' (keys: {_keys(state_dict)})")
+    scale = float(torch.tensor(float(_finite(state_dict, "scale")), dtype=torch.float32))
+    if not policies.LOWEST_SCALE <= scale <= policies.HIGHEST_SCALE:
+        raise ValueError(f"scaler state has scale {scale}; expected between 2^-126 and 2^127")
+    tracker = _finite(state_dict, "_growth_tracker")
+    if not (math.isfinite(tracker) and tracker >= 0):
+        raise ValueError(f"scaler state has _growth_tracker {tracker}; expected a number >= 0")
+    own, updates = state_dict.get("halfstep"), None
+    if own is not None:
+        if own.get("format") != 1:
+            raise ValueError(f"scaler state has format {own.get('format')}; this halfstep reads format 1")
+        if "updates" not in own:
+            raise ValueError(f"scaler state 'halfstep' has no 'updates' (keys: {_keys(own)})")
+        numbers, updates = _sixteen(own, "state"), int(_finite(own, "updates"))
+        rule = rule_of(_sixteen(own, "policy"))
+    if isinstance(rule, policies.Dynamic):
+        rule = policies.replace(rule, growth_factor=float(_finite(state_dict, "growth_factor")), backoff_factor=float(_finite(state_dict, "backoff_factor")),
+                                growth_interval=int(_finite(state_dict, "growth_interval")))
+    if own is None:
+        numbers = H.init_scale_state(rule.vector()).tolist()
+    numbers[0], numbers[1] = scale, float(tracker)
+    return rule, numbers, updates
