@@ -3,12 +3,12 @@
 #include <ATen/ops/empty.h>
 #include <caffe2/serialize/inline_container.h>
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
 #include <map>
 
 #include "pickle.h"
@@ -17,16 +17,17 @@ namespace halfstep::api {
 
 namespace {
 
-namespace fs = std::filesystem;
+// POSIX calls, not std::filesystem: libtorch.so exports parts of an old copy of it, and a program
+// linked with both may call a mixture.
 using caffe2::serialize::PyTorchStreamReader;
 using caffe2::serialize::PyTorchStreamWriter;
 
 /// Runs `read` on the open file; whatever goes wrong is told with the file's name.
 template <class Read>
 auto reading(const std::string& path, Read read) {
-  std::error_code none;
-  TORCH_CHECK(fs::exists(path, none), "cannot read '", path, "': there is no such file");
-  TORCH_CHECK(fs::is_regular_file(path, none), "cannot read '", path, "': it is not a file");
+  struct stat what {};
+  TORCH_CHECK(::stat(path.c_str(), &what) == 0, "cannot read '", path, "': ", std::strerror(errno));
+  TORCH_CHECK(S_ISREG(what.st_mode), "cannot read '", path, "': it is not a file");
   try {
     PyTorchStreamReader reader(path);
     return read(reader);
@@ -57,9 +58,29 @@ at::Tensor storage(PyTorchStreamReader& reader, const std::string& key, c10::Sca
 
 }  // namespace
 
+namespace {
+
+std::string folder_of(const std::string& path) {
+  const auto slash = path.rfind('/');
+  return slash == std::string::npos ? "./" : path.substr(0, slash + 1);
+}
+
+/// What a link, or a chain of them, names.
+std::string followed(std::string path) {
+  for (int hop = 0; hop < 40; ++hop) {
+    char target[4096];
+    const ssize_t size = ::readlink(path.c_str(), target, sizeof target);
+    if (size < 0) break;
+    path = (target[0] == '/' ? "" : folder_of(path)) + std::string(target, size_t(size));
+  }
+  return path;
+}
+
+}  // namespace
+
 AtomicFile::AtomicFile(const std::string& path) {
   // A link keeps pointing where it does: the file it names is what is replaced.
-  target_ = fs::is_symlink(path) ? fs::canonical(path).string() : path;
+  target_ = followed(path);
   static std::atomic<unsigned> count{0};
   for (int attempt = 0; attempt < 100 && descriptor_ < 0; ++attempt) {
     temporary_ = target_ + ".tmp." + std::to_string(::getpid()) + "." + std::to_string(count++);
@@ -92,8 +113,7 @@ void AtomicFile::commit() {
               "': ", std::strerror(errno));
   ::close(descriptor_);
   descriptor_ = -1;
-  const auto folder = fs::path(target_).parent_path();
-  const int entry = ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_CLOEXEC);
+  const int entry = ::open(folder_of(target_).c_str(), O_RDONLY | O_CLOEXEC);
   if (entry < 0) return;  // a folder that cannot be opened for reading: the file itself is safe
   ::fsync(entry);
   ::close(entry);

@@ -10,9 +10,9 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
-#include <torch/serialize/archive.h>
+#include <torch/optim/lbfgs.h>
 
-#include <sstream>
+#include <utility>
 
 #include "scaler_state.h"
 
@@ -191,19 +191,28 @@ namespace {
 /// Thrown out of an optimizer that evaluates its closure again and meets a non-finite gradient.
 struct NotFinite {};
 
-std::string saved_state(const torch::optim::Optimizer& optimizer) {
-  std::ostringstream stream;
-  torch::serialize::OutputArchive archive;
-  optimizer.save(archive);
-  archive.save_to(stream);
-  return stream.str();
+using States = std::vector<std::pair<void*, std::unique_ptr<torch::optim::OptimizerParamState>>>;
+
+/// A copy that the optimizer cannot write to: LBFGS updates tensors of its state in place.
+States saved_states(const torch::optim::Optimizer& optimizer) {
+  States saved;
+  for (const auto& [key, state] : optimizer.state()) {
+    saved.emplace_back(key, state->clone());
+    auto* lbfgs = dynamic_cast<torch::optim::LBFGSParamState*>(saved.back().second.get());
+    if (!lbfgs) continue;
+    const auto copy = [](at::Tensor& tensor) {
+      if (tensor.defined()) tensor = tensor.clone();
+    };
+    copy(lbfgs->d()), copy(lbfgs->H_diag()), copy(lbfgs->prev_flat_grad());
+    for (auto* list : {&lbfgs->old_dirs(), &lbfgs->old_stps(), &lbfgs->ro()})
+      for (auto& tensor : *list) copy(tensor);
+  }
+  return saved;
 }
 
-void restore_state(torch::optim::Optimizer& optimizer, const std::string& saved) {
-  std::istringstream stream(saved);
-  torch::serialize::InputArchive archive;
-  archive.load_from(stream);
-  optimizer.load(archive);
+void restore_states(torch::optim::Optimizer& optimizer, States& saved) {
+  optimizer.state().clear();
+  for (auto& [key, state] : saved) optimizer.state()[key] = std::move(state);
 }
 
 }  // namespace
@@ -221,7 +230,7 @@ at::Tensor GradScaler::State::step_other(torch::optim::Optimizer& optimizer, Pro
   record(stats, api::step_control(tables, std::nullopt, progress.found_inf, std::nullopt, -1.0));
   if (progress.found_inf.item<float>() != 0) return loss;
   if (!closure) return optimizer.step();
-  const std::string before = saved_state(optimizer);
+  States before = saved_states(optimizer);
   std::vector<std::pair<at::Tensor, at::Tensor>> weights;
   for (auto& group : optimizer.param_groups())
     for (auto& param : group.params()) weights.emplace_back(param, param.detach().clone());
@@ -241,7 +250,7 @@ at::Tensor GradScaler::State::step_other(torch::optim::Optimizer& optimizer, Pro
     });
   } catch (const NotFinite&) {
     for (auto& [param, value] : weights) param.copy_(value);
-    restore_state(optimizer, before);
+    restore_states(optimizer, before);
     progress.found_inf.fill_(1);
   }
   return loss;

@@ -152,6 +152,10 @@ std::unique_ptr<torch::optim::OptimizerOptions> Adam::read_options(const Options
   return o;
 }
 
+void Adam::assign_options(Options& to, const Options& from) const {
+  dynamic_cast<AdamOptions&>(to) = options_of<AdamOptions>(from, kind_);
+}
+
 std::vector<const char*> Adam::state_names(const Options& options) const {
   if (options_of<AdamOptions>(options, kind_).amsgrad())
     return {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
@@ -222,6 +226,10 @@ std::unique_ptr<torch::optim::OptimizerOptions> SGD::read_options(const Options&
   o->nesterov(flag(saved, "nesterov", o->nesterov()));
   o->maximize(flag(saved, "maximize", o->maximize()));
   return o;
+}
+
+void SGD::assign_options(Options& to, const Options& from) const {
+  dynamic_cast<SGDOptions&>(to) = options_of<SGDOptions>(from, kind_);
 }
 
 std::vector<const char*> SGD::state_names(const Options& options) const {

@@ -283,7 +283,7 @@ void Optimizer::load_state_dict(const StateDict& dict, LoadMasters masters) {
   // Nothing below is refused.
   for (const auto r : c10::irange(rooms_.size())) {
     Room& room = *rooms_[r];
-    room.group->set_options(std::move(options[r]));
+    assign_options(room.group->options(), *options[r]);
     room.lr_value = -1;
     std::erase_if(room.states, [&](const auto& held) {
       for (const char* key : state_names(room.group->options()))

@@ -210,17 +210,18 @@ class Unpickler {
     };
     const auto sizes = numbers(a[2].value), strides = numbers(a[3].value);
     const int64_t held = a[0].storage.numel();
-    bool inside = sizes.size() == strides.size() && offset >= 0;
+    bool inside = sizes.size() == strides.size() && offset >= 0 && offset <= held;
     bool empty = false;
-    int64_t last = offset;
     for (size_t i = 0; inside && i < sizes.size(); ++i) {
       inside = sizes[i] >= 0 && strides[i] >= 0;
       empty = empty || sizes[i] == 0;
-      if (!inside || sizes[i] < 2 || strides[i] == 0) continue;
-      // No product overflows: both factors are compared with what the storage holds.
+    }
+    int64_t last = offset;  // of the largest index; no product below overflows
+    for (size_t i = 0; inside && !empty && i < sizes.size(); ++i) {
+      if (sizes[i] == 1 || strides[i] == 0) continue;
       inside = strides[i] <= held && sizes[i] - 1 <= held / strides[i];
       if (inside) last += (sizes[i] - 1) * strides[i];
-      inside = inside && last <= held;
+      inside = inside && last < held;
     }
     TORCH_CHECK(inside && (empty || last < held), "a tensor of shape ", c10::IntArrayRef(sizes),
                 ", strides ", c10::IntArrayRef(strides), " and offset ", offset,

@@ -137,6 +137,8 @@ class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
   /// `options` with the hyperparameters of `saved`.
   virtual std::unique_ptr<Options> read_options(const Options& options,
                                                 const StateDict& saved) const = 0;
+  /// In place, so that references to a group's options stay good.
+  virtual void assign_options(Options& to, const Options& from) const = 0;
 
   void make_rooms();
   void extend(Room& room);
@@ -171,6 +173,7 @@ class HALFSTEP_API Adam : public Optimizer {
   void write_options(const Options& options, StateDict& out) const override;
   std::unique_ptr<Options> read_options(const Options& options,
                                         const StateDict& saved) const override;
+  void assign_options(Options& to, const Options& from) const override;
 
  private:
   bool decoupled_ = false;
@@ -201,6 +204,7 @@ class HALFSTEP_API SGD : public Optimizer {
   void write_options(const Options& options, StateDict& out) const override;
   std::unique_ptr<Options> read_options(const Options& options,
                                         const StateDict& saved) const override;
+  void assign_options(Options& to, const Options& from) const override;
 };
 
 }  // namespace optim
