@@ -2,9 +2,15 @@
 # importable package (editable installs and tests use it as it stands).
 find_package(Python COMPONENTS Interpreter Development.Module REQUIRED)
 execute_process(COMMAND "${Python_EXECUTABLE}" -c "import pybind11; print(pybind11.get_cmake_dir())"
-                OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE)
-find_package(pybind11 CONFIG REQUIRED)
-pybind11_add_module(halfstep_python MODULE python/bindings.cpp)
+                OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE no_pybind11)
+if(no_pybind11) # torch carries pybind11's headers, which is enough where nothing can be installed
+  unset(pybind11_DIR)
+  Python_add_library(halfstep_python MODULE WITH_SOABI python/bindings.cpp)
+  target_include_directories(halfstep_python SYSTEM PRIVATE "${TORCH_DIR}/include")
+else()
+  find_package(pybind11 CONFIG REQUIRED)
+  pybind11_add_module(halfstep_python MODULE python/bindings.cpp)
+endif()
 target_link_libraries(halfstep_python PRIVATE halfstep_flags halfstep)
 target_compile_definitions(
   halfstep_python PRIVATE HALFSTEP_TORCH_VERSION="${HALFSTEP_TORCH_VERSION}"
