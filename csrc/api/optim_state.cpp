@@ -88,8 +88,11 @@ struct Saved {
     return numbers;
   }
 
-  StateDict entry(int64_t number) const {
+  /// Empty for a parameter that was never stepped; ours has an entry for every parameter.
+  StateDict entry(int64_t number, const std::string& name) const {
     const auto found = state.find(number);
+    TORCH_CHECK(found != state.end() || !ours, "optimizer state has no entry ", number, " for '",
+                name, "'");
     return found == state.end() ? StateDict() : StateDict(found->value());
   }
 };
@@ -137,7 +140,7 @@ at::Tensor exact_value(const StateDict& entry, const at::Tensor& weight, const a
   constexpr const char* kHint =
       "; load the model first or pass masters=\"from_params\" "
       "(LoadMasters::kFromParams)";
-  if (masters == LoadMasters::kFromParams) return weight;
+  if (masters == LoadMasters::kFromParams || entry.size() == 0) return weight;
   if (has_value(entry, "remainder")) {
     TORCH_CHECK(held.scalar_type() == at::kShort, "optimizer state of '", name,
                 "' holds an int16 remainder, but its master here is ",
@@ -175,25 +178,26 @@ at::Tensor plan_master(const StateDict& entry, const at::Tensor& weight, const a
   return fresh;
 }
 
-/// Moments and step. Ours has every key; torch's has none for a parameter that was never stepped,
-/// and its SGD counts no steps: a buffer means that at least one was taken.
+/// Moments and step. Torch's SGD counts no steps: a buffer means that at least one was taken.
 void plan_states(ParamPlan& plan, const StateDict& entry, const std::vector<const char*>& names,
                  const std::string& name, bool ours) {
-  const bool momentum = !names.empty() && std::string(names[0]) == "momentum_buffer";
-  if (ours || (entry.size() > 0 && !momentum && !names.empty()))
-    TORCH_CHECK(entry.contains("step"), "optimizer state of '", name,
-                "' has no 'step' (keys: ", keys_of(entry), ")");
+  const bool stepped = entry.size() > 0;
+  const bool counts = ours || names.empty() || std::string(names[0]) != "momentum_buffer";
+  const auto lacks = [&](const std::string& key) {
+    return "optimizer state of '" + name + "' has no '" + key + "' (keys: " + keys_of(entry) + ")";
+  };
+  TORCH_CHECK(!stepped || entry.contains("step") || (!ours && (!counts || names.empty())),
+              lacks("step"));
   if (entry.contains("step")) plan.step = step_of(entry, name);
   bool filled = false;
   for (const char* key : names) {
     const bool present = has_value(entry, key);
-    TORCH_CHECK(present || (!ours && (momentum || entry.size() == 0)), "optimizer state of '", name,
-                "' has no '", key, "' (keys: ", keys_of(entry), ")");
+    TORCH_CHECK(present || !stepped || !counts, lacks(key));
     plan.states.emplace_back(key,
                              present ? tensor_of(entry, key, plan.weight, name) : at::Tensor());
     filled = filled || present;
   }
-  if (momentum && !ours) plan.step = filled ? std::max<int64_t>(plan.step, 1) : 0;
+  if (!counts) plan.step = filled ? std::max<int64_t>(plan.step, 1) : 0;
 }
 
 void check_keys(const StateDict& entry, const std::string& name) {
@@ -267,8 +271,8 @@ void Optimizer::load_state_dict(const StateDict& dict, LoadMasters masters) {
     plans.emplace_back();
     for (const auto i : c10::irange(numbers.size())) {
       used.insert(numbers[i]);
-      const StateDict entry = saved.entry(numbers[i]);
       const std::string& name = room->names[i];
+      const StateDict entry = saved.entry(numbers[i], name);
       if (saved.ours) check_keys(entry, name);
       ParamPlan plan;
       plan.weight = room->leaves[i].detach();

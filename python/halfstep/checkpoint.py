@@ -181,18 +181,17 @@ def _missing(entry, key, name):
 
 
 def _plan_states(entry, names, param, name, ours):
-    """(step, {key: tensor or None for zero}). Ours has every key; torch's has none for a parameter that was never stepped,
-    and its SGD counts no steps: a buffer means that at least one was taken."""
-    momentum = names[:1] == ["momentum_buffer"]
-    if (ours or entry and names and not momentum) and "step" not in entry:
+    """(step, {key: tensor or None for zero}). Torch's SGD counts no steps: a buffer means that at least one was taken."""
+    counts = ours or names[:1] != ["momentum_buffer"]
+    if entry and "step" not in entry and (ours or counts and names):
         raise _missing(entry, "step", name)
     step, states = _step(entry, name) if "step" in entry else 0, {}
     for key in names:
         present = entry.get(key) is not None
-        if not present and (ours or entry and not momentum):
+        if not present and entry and counts:
             raise _missing(entry, key, name)
         states[key] = _tensor(entry, key, param, name) if present else None
-    if momentum and not ours:
+    if not counts:
         step = max(step, 1) if states["momentum_buffer"] is not None else 0
     return step, states
 
@@ -200,7 +199,7 @@ def _plan_states(entry, names, param, name, ours):
 def _exact(entry, param, held, name, ours, masters):
     """The exact value that the saved master stands for, or the weight where none was saved."""
     hint = '; load the model first or pass masters="from_params"'
-    if masters == "from_params":
+    if masters == "from_params" or not entry:
         return param.detach()
     if entry.get("remainder") is not None:
         if held.dtype != torch.int16:
@@ -250,7 +249,9 @@ def _plan_group(optimizer, room, saved, state, ours, masters):
     names = optimizer._state_names({**room.group, **options})
     plans = []
     for param, held, name, number in zip(room.params, room.masters, room.names, saved["params"]):
-        entry = state.get(number, {})
+        if ours and number not in state:
+            raise ValueError(f"optimizer state has no entry {number} for '{name}'")
+        entry = state.get(number, {})  # empty for a parameter that was never stepped
         unknown = sorted(set(entry) - _ENTRIES) if ours else None
         if unknown:
             raise ValueError(f"optimizer state of '{name}' has an unknown '{unknown[0]}'")

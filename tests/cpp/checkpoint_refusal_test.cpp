@@ -27,7 +27,7 @@ TEST_CASE("a refused state changes nothing", "[api]") {
        [&](const StateDict& s) { s.at("param_groups").toList().push_back(group(s)); }},
       {"has 4 parameters in group 0 but the optimizer has 3",
        [&](const StateDict& s) { group(s).at("params").toList().push_back(3); }},
-      {"of 'gain' has no 'step'",
+      {"has no entry 2 for 'gain'",
        [](const StateDict& s) { std::ignore = s.at("state").toGenericDict().erase(2); }},
       {"of 'bias' has no 'exp_avg_sq'",
        [](const StateDict& s) { entry_of(s, 1).insert("exp_avg_sq", c10::IValue()); }},

@@ -28,6 +28,19 @@ TEST_CASE("golden files of optimizers, of both languages and of torch.optim", "[
   }
 }
 
+TEST_CASE("an empty entry is a parameter that was never stepped", "[api]") {
+  fixtures::Model model;
+  fixtures::fill(model);
+  optim::AdamW opt(model->named_parameters(), optim::AdamWOptions(0.5));
+  const auto state = fixture("adamw");
+  state.at("state").toGenericDict().insert_or_assign(1, StateDict());
+  opt.load_state_dict(state);
+  const auto entry = entry_of(opt.state_dict(), 1);
+  CHECK(entry.at("step").toTensor().item<double>() == 0);
+  CHECK(torch::equal(entry.at("exp_avg").toTensor(), torch::zeros({3})));
+  CHECK(torch::equal(opt.master_params()[1], model->bias.detach().to(torch::kFloat)));
+}
+
 TEST_CASE("golden checkpoint and archives of C++, weights of both", "[api]") {
   const auto state = fixture("cpp_checkpoint");
   for (const bool archives : {false, true}) {

@@ -261,7 +261,8 @@ STATE_EDITS = {
     "is of SGD but this optimizer is AdamW": lambda s: s.update(optimizer="SGD"),
     "has 2 parameter groups but the optimizer has 1": lambda s: s["param_groups"].append(s["param_groups"][0]),
     "has 4 parameters in group 0 but the optimizer has 3": lambda s: s["param_groups"][0]["params"].append(3),
-    "of 'gain' has no 'step'": lambda s: s["state"].pop(2),
+    "has no entry 2 for 'gain'": lambda s: s["state"].pop(2),
+    "of 'gain' has no 'step'": lambda s: s["state"][2].pop("step"),
     "of 'bias' has no 'exp_avg_sq'": lambda s: s["state"][1].pop("exp_avg_sq"),
     "of 'bias' has no 'master'": lambda s: s["state"][1].pop("master"),
     r"'exp_avg' of 'bias' is \[2\] but the parameter is \[3\]": lambda s: s["state"][1].update(exp_avg=torch.zeros(2)),
@@ -477,6 +478,15 @@ def test_layouts_and_tied_storages_travel(tmp_path):
             assert torch.equal(fresh.state[other]["exp_avg"], optimizer.state[param]["exp_avg"])
             other.grad = param.grad.clone(memory_format=shape)
             fresh.step()
+
+
+def test_an_empty_entry_is_a_parameter_that_was_never_stepped():
+    model = golden.Model().filled()
+    optimizer = golden.fill(hs.optim.AdamW(model.named_parameters()))
+    optimizer.load_state_dict(edited(optimizer.state_dict(), lambda s: s["state"].update({1: {}})))
+    state = optimizer.state[model.bias]
+    assert int(state["step"]) == 0 and not state["exp_avg"].any() and torch.equal(optimizer.master_params()[1], model.bias.detach().float())
+    assert int(optimizer.state[model.weight]["step"]) == golden.STEP
 
 
 def test_hooks_of_torch_optim_run():

@@ -276,3 +276,16 @@ def test_parallel_for_is_parallel():
     if os.cpu_count() < 2:
         pytest.skip("needs two cores")
     assert "GOMP_parallel" in check("nm", "-D", PACKAGE / "lib/libhalfstep.so")
+
+
+def test_the_program_of_docs_cpp_md_builds_and_runs(installed, tmp_path):
+    text = (ROOT / "docs/cpp.md").read_text()
+    block = lambda language: text.split(f"```{language}\n")[1].split("```")[0]
+    (tmp_path / "main.cpp").write_text(block("cpp"))
+    (tmp_path / "CMakeLists.txt").write_text(block("cmake"))
+    check("cmake", "-G", "Ninja", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={installed}", f"-DTORCH_DIR={TORCH}")
+    check("ninja", "-C", tmp_path / "build")
+    assert "at scale 65536" in check(tmp_path / "build/app", cwd=tmp_path)
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in weights.items()} == {
+        "0.weight": (torch.float32, (64, 16)), "0.bias": (torch.float32, (64,)), "2.weight": (torch.float32, (2, 64)), "2.bias": (torch.float32, (2,))}
