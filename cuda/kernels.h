@@ -27,6 +27,8 @@ struct Row {
   int64_t index = 0;        ///< position in the lists of the op
 };
 
+static_assert(sizeof(Row) <= 128, "callers of the step ops keep 128 bytes a row");
+
 /// Rows on the device, with what the host knows of them.
 struct Table {
   const Row* rows = nullptr;

@@ -19,10 +19,10 @@ auto find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-inline at::Tensor grad_stats(const OptionalTensors& grads) {
+inline at::Tensor grad_stats(const OptionalTensors& grads, Tensors table = {}) {
   static const auto op =
       find_op<at::Tensor(const OptionalTensors&, Tensors)>("halfstep::grad_stats");
-  return op.call(grads, {});
+  return op.call(grads, table);
 }
 inline void unscale_(Tensors grads, const at::Tensor& inv_scale, const at::Tensor& found_inf) {
   static const auto op =

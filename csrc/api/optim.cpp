@@ -79,6 +79,17 @@ bool Optimizer::Room::has_grads() const {
   return false;
 }
 
+api::Tensors Optimizer::Room::table(std::vector<at::Tensor>& kept) const {
+  constexpr int64_t kRow = 128;  // bytes that hold one row (cuda/kernels.h)
+  if (!steps.defined() || !steps.is_cuda()) return {};
+  const auto bytes = kRow * int64_t(params.size());
+  if (kept.empty() || kept[0].device() != steps.device() || kept[0].numel() < bytes) {
+    const auto options = at::TensorOptions(at::kByte);
+    kept = {at::empty({bytes}, options.device(steps.device())), at::zeros({bytes}, options)};
+  }
+  return kept;
+}
+
 const at::Tensor& Optimizer::Room::device_lr() {
   const double value = group->options().get_lr();
   if (value != lr_value) lr.fill_(lr_value = value);
@@ -267,7 +278,9 @@ std::vector<std::pair<Optimizer::Room*, at::Tensor>> Optimizer::gather_stats() {
   make_rooms();
   std::vector<std::pair<Room*, at::Tensor>> stats;
   for (const auto& room : rooms_)
-    if (room->has_grads()) stats.emplace_back(room.get(), api::grad_stats(room->grads()));
+    if (room->has_grads())
+      stats.emplace_back(room.get(),
+                         api::grad_stats(room->grads(), room->table(room->stats_table)));
   return stats;
 }
 

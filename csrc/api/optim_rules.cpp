@@ -180,8 +180,8 @@ void Adam::apply(Room& room, const at::Tensor& control) {
       .call(room.params, room.grads(), room.masters, room.state("exp_avg"),
             room.state("exp_avg_sq"),
             o.amsgrad() ? api::Tensors(room.state("max_exp_avg_sq")) : api::Tensors(), room.steps,
-            room.overflowed, room.device_lr(), optional(control), {}, beta1, beta2, o.eps(),
-            o.weight_decay(), o.amsgrad(), o.maximize());
+            room.overflowed, room.device_lr(), optional(control), room.table(room.step_table),
+            beta1, beta2, o.eps(), o.weight_decay(), o.amsgrad(), o.maximize());
 }
 
 SGD::SGD(std::vector<at::Tensor> params, SGDOptions options)
@@ -250,8 +250,9 @@ void SGD::apply(Room& room, const at::Tensor& control) {
   const auto& o = options_of<SGDOptions>(room.group->options(), kind_);
   op.call(room.params, room.grads(), room.masters,
           o.momentum() != 0 ? api::Tensors(room.state("momentum_buffer")) : api::Tensors(),
-          room.steps, room.overflowed, room.device_lr(), optional(control), {}, o.momentum(),
-          o.dampening(), o.weight_decay(), o.nesterov(), o.maximize());
+          room.steps, room.overflowed, room.device_lr(), optional(control),
+          room.table(room.step_table), o.momentum(), o.dampening(), o.weight_decay(), o.nesterov(),
+          o.maximize());
 }
 
 }  // namespace halfstep::optim

@@ -68,6 +68,8 @@ Dynamic& Dynamic::refill(Refill value) {
 Dynamic::operator Rule() const {
   TORCH_CHECK(min_scale_ <= max_scale_, "min_scale is ", min_scale_, " but max_scale is ",
               max_scale_);
+  TORCH_CHECK(min_scale_ <= init_scale_ && init_scale_ <= max_scale_, "init_scale is ", init_scale_,
+              " but min_scale is ", min_scale_, " and max_scale is ", max_scale_);
   Rule rule;
   rule.numbers[math::kPolicyKind] = double(math::PolicyKind::kDynamic);
   rule.numbers[math::kPolicyInitScale] = init_scale_;

@@ -24,7 +24,12 @@ struct Optimizer::Room {
   std::vector<std::pair<int64_t, const void*>> seen;  ///< version and data after our last step
   std::vector<int64_t> reported;
 
+  /// On a GPU, where the ops keep their rows of pointers between steps: device bytes and a mirror.
+  std::vector<at::Tensor> stats_table, step_table;
+
   api::OptionalTensors grads() const;
+  /// `kept` made to fit this group; empty on the CPU.
+  api::Tensors table(std::vector<at::Tensor>& kept) const;
   bool has_grads() const;
   const at::Tensor& device_lr();
   void remember(size_t first = 0);

@@ -17,6 +17,15 @@ enum class Refill : int32_t {
   kGrowth = 1,  ///< only when the scale grows (Megatron-LM)
 };
 
+/// What keeps the scale in bounds. Only kOurs is for training; the others reproduce what the named
+/// project does beyond [2^-126, 2^127] too, so that its runs can be replayed.
+enum class Bounds : int32_t {
+  kOurs = 0,      ///< within [min, max] and [2^-126, 2^127]
+  kTorch = 1,     ///< no floor; a growth to infinity is refused
+  kMegatron = 2,  ///< at least min; infinity is reached and kept
+  kApex = 3,      ///< at most max; held as a double, so that it falls below FP32
+};
+
 enum PolicyEntry : int {
   kPolicyKind = 0,
   kPolicyInitScale = 1,
@@ -27,6 +36,7 @@ enum PolicyEntry : int {
   kPolicyMaxScale = 6,
   kPolicyHysteresis = 7,  ///< bad steps until the scale backs off; 1 = at once
   kPolicyRefill = 8,
+  kPolicyBounds = 9,
   kPolicyEntries = 16,
 };
 
@@ -51,18 +61,24 @@ constexpr double kHighestScale = 0x1p127;
 
 HALFSTEP_MATH_BEGIN
 
-HALFSTEP_FN double bounded_scale(const double* policy, double scale) {
-  const double low =
-      policy[kPolicyMinScale] > kLowestScale ? policy[kPolicyMinScale] : kLowestScale;
-  const double high =
-      policy[kPolicyMaxScale] < kHighestScale ? policy[kPolicyMaxScale] : kHighestScale;
+/// The scale for `product`, the exact result of a back-off or growth of `old`. A growth past FP32
+/// is refused, as torch does.
+HALFSTEP_FN double bounded_scale(const double* policy, double product, double old) {
+  const Bounds bounds = Bounds(int32_t(policy[kPolicyBounds]));
+  double scale = bounds == Bounds::kApex ? product : double(float(product));
+  if ((bounds == Bounds::kOurs || bounds == Bounds::kTorch) && scale > 0x1.fffffep127) scale = old;
+  double low = policy[kPolicyMinScale], high = policy[kPolicyMaxScale];
+  if (bounds == Bounds::kOurs) {
+    low = low > kLowestScale ? low : kLowestScale;
+    high = high < kHighestScale ? high : kHighestScale;
+  }
   if (!(scale >= low)) return low;  // NaN too
   return scale > high ? high : scale;
 }
 
 HALFSTEP_FN void init_scale_state(const double* policy, double* state) {
   for (int i = 0; i < kStateEntries; ++i) state[i] = 0;
-  state[kStateScale] = bounded_scale(policy, double(float(policy[kPolicyInitScale])));
+  state[kStateScale] = bounded_scale(policy, policy[kPolicyInitScale], policy[kPolicyInitScale]);
   state[kStateHysteresisLeft] = policy[kPolicyHysteresis];
 }
 
@@ -82,7 +98,7 @@ HALFSTEP_FN void update_scale(const double* policy, double* state, bool bad) {
     if (!dynamic) return;
     if (state[kStateHysteresisLeft] > 0) state[kStateHysteresisLeft] -= 1;
     if (state[kStateHysteresisLeft] > 0) return;
-    scale = double(float(scale * policy[kPolicyBackoffFactor]));
+    scale *= policy[kPolicyBackoffFactor];
   } else {
     state[kStateStepsApplied] += 1;
     state[kStateConsecutiveSkips] = 0;
@@ -93,9 +109,9 @@ HALFSTEP_FN void update_scale(const double* policy, double* state, bool bad) {
     if (state[kStateGrowthTracker] < policy[kPolicyGrowthInterval]) return;
     state[kStateGrowthTracker] = 0;
     state[kStateHysteresisLeft] = policy[kPolicyHysteresis];
-    scale = double(float(scale * policy[kPolicyGrowthFactor]));
+    scale *= policy[kPolicyGrowthFactor];
   }
-  state[kStateScale] = bounded_scale(policy, scale);
+  state[kStateScale] = bounded_scale(policy, scale, state[kStateScale]);
 }
 
 HALFSTEP_MATH_END

@@ -129,15 +129,20 @@ void check_step_lists(const StepLists& lists) {
   }
 }
 
-void check_states(const char* op, const char* list, at::TensorList states, at::TensorList params,
-                  at::TensorList masters) {
-  check_same_length(op, list, states.size(), "params", params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    const auto type = compute_type(params[i], masters[i]);
+void check_states(const char* list, at::TensorList states, const StepLists& lists) {
+  const char* op = lists.op;
+  check_same_length(op, list, states.size(), "params", lists.params.size());
+  for (size_t i = 0; i < states.size(); ++i) {
+    if (!has_elements(states[i])) {
+      const std::optional<at::Tensor> grad = lists.grads[i];
+      if (!grad || !grad->defined()) continue;
+    }
+    const at::Tensor& param = lists.params[i];
+    const auto type = compute_type(param, lists.masters[i]);
     TORCH_CHECK(states[i].scalar_type() == type, op, ": ", item(list, i), " is ",
-                describe(states[i]), " but ", item("params", i), " (", describe(params[i]),
+                describe(states[i]), " but ", item("params", i), " (", describe(param),
                 ") is updated in ", dtype_name(type));
-    check_like_flat(op, item(list, i), states[i], item("params", i), params[i]);
+    check_like_flat(op, item(list, i), states[i], item("params", i), param);
   }
 }
 
@@ -280,11 +285,11 @@ void check_step_numbers(const char* op, const at::Tensor& lr,
 }
 
 void check_adam(const char* op, const AdamArgs& args) {
-  check_step_lists({op, args.params, args.grads, args.masters});
-  check_states(op, "exp_avgs", args.exp_avgs, args.params, args.masters);
-  check_states(op, "exp_avg_sqs", args.exp_avg_sqs, args.params, args.masters);
-  if (args.amsgrad)
-    check_states(op, "max_exp_avg_sqs", args.max_exp_avg_sqs, args.params, args.masters);
+  const StepLists lists{op, args.params, args.grads, args.masters};
+  check_step_lists(lists);
+  check_states("exp_avgs", args.exp_avgs, lists);
+  check_states("exp_avg_sqs", args.exp_avg_sqs, lists);
+  if (args.amsgrad) check_states("max_exp_avg_sqs", args.max_exp_avg_sqs, lists);
   check_counter(op, "steps", args.steps, args.params.size(), args.params);
   check_counter(op, "overflowed", args.overflowed, args.params.size(), args.params);
   check_step_numbers(op, args.lr, args.control, args.params);
@@ -292,9 +297,9 @@ void check_adam(const char* op, const AdamArgs& args) {
 
 void check_sgd(const SgdArgs& args) {
   const char* op = "sgd_step_";
-  check_step_lists({op, args.params, args.grads, args.masters});
-  if (args.momentum != 0)
-    check_states(op, "momentum_buffers", args.momentum_buffers, args.params, args.masters);
+  const StepLists lists{op, args.params, args.grads, args.masters};
+  check_step_lists(lists);
+  if (args.momentum != 0) check_states("momentum_buffers", args.momentum_buffers, lists);
   check_counter(op, "steps", args.steps, args.params.size(), args.params);
   check_counter(op, "overflowed", args.overflowed, args.params.size(), args.params);
   check_step_numbers(op, args.lr, args.control, args.params);

@@ -41,9 +41,9 @@ void check_same_length(const char* op, const char* list, size_t length, const ch
 void check_step_lists(const StepLists& lists);
 /// Parameters and masters only.
 void check_masters(const char* op, at::TensorList params, at::TensorList masters);
-/// Optimizer states: shape, device and strides of the parameter, in its compute type.
-void check_states(const char* op, const char* list, at::TensorList states, at::TensorList params,
-                  at::TensorList masters);
+/// Optimizer states: shape, device and strides of the parameter, in its compute type. A parameter
+/// without a gradient is not touched, so its state may be empty.
+void check_states(const char* list, at::TensorList states, const StepLists& lists);
 /// int64 [n] tensors: one counter a parameter.
 void check_counter(const char* op, const char* name, const at::Tensor& counter, size_t length,
                    at::TensorList params);

@@ -4,10 +4,13 @@
 
 #include <dlfcn.h>
 #include <halfstep/cuda.h>
+#include <limits.h>
+#include <unistd.h>
 
 #include <ATen/Context.h>
 
-#include <filesystem>
+#include <cstdlib>
+#include <string>
 
 namespace halfstep {
 
@@ -23,10 +26,12 @@ struct CudaLibrary {
     if (torch_cuda) dlclose(torch_cuda);
     Dl_info own;
     if (!dladdr(reinterpret_cast<void*>(&cuda_status), &own) || !own.dli_fname) return;
-    std::error_code ignored;
-    const auto path = std::filesystem::weakly_canonical(own.dli_fname, ignored).parent_path() /
-                      "libhalfstep_cuda.so";
-    present = std::filesystem::exists(path, ignored);
+    // Not std::filesystem: libtorch exports an older copy of it.
+    char resolved[PATH_MAX];
+    if (!realpath(own.dli_fname, resolved)) return;
+    std::string path = resolved;
+    path = path.substr(0, path.rfind('/') + 1) + "libhalfstep_cuda.so";
+    present = access(path.c_str(), R_OK) == 0;
     if (!present || !torch_cuda) return;
     loaded = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr;
     if (!loaded) error = dlerror();

@@ -75,4 +75,8 @@ TORCH_LIBRARY_IMPL(halfstep, Meta, m) {
   m.impl("step_control", step_control_meta);
 }
 
+// A sparse gradient is refused by its index; its values() are a dense tensor that is taken.
+TORCH_LIBRARY_IMPL(halfstep, SparseCPU, m) { m.impl("grad_stats", grad_stats_meta); }
+TORCH_LIBRARY_IMPL(halfstep, SparseCUDA, m) { m.impl("grad_stats", grad_stats_meta); }
+
 }  // namespace halfstep::ops

@@ -73,4 +73,13 @@ TORCH_LIBRARY_IMPL(halfstep, Meta, m) {
   m.impl("refresh_masters_", refresh_masters_meta);
 }
 
+// A sparse argument is refused by its name and index, by the same checks, not by the dispatcher.
+void refuse_sparse(torch::Library& m) {
+  m.impl("adamw_step_", adam_op<nothing_adam, true>);
+  m.impl("adam_step_", adam_op<nothing_adam, false>);
+  m.impl("sgd_step_", sgd_op<nothing_sgd>);
+}
+TORCH_LIBRARY_IMPL(halfstep, SparseCPU, m) { refuse_sparse(m); }
+TORCH_LIBRARY_IMPL(halfstep, SparseCUDA, m) { refuse_sparse(m); }
+
 }  // namespace halfstep::ops

@@ -6,7 +6,8 @@ cli.explain_if_broken()
 
 from ._library import _C, PACKAGE, cuda_status
 from . import lr_scheduler, optim, policies
-from .amp import GradScaler, ScalerStats, autocast
+from ._stats import ScalerStats
+from .amp import GradScaler, autocast
 from .cast import CastReport, cast_model, evaluate_in, export_state_dict, load_state_dict
 from .checkpoint import load, save
 

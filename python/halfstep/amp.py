@@ -1,16 +1,16 @@
 """autocast and GradScaler, with torch.amp's names and protocol."""
 
+import inspect
 import warnings
-from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch.amp.grad_scaler import OptState
 
 from . import checkpoint, optim, policies
 from ._library import H
+from ._stats import SCALE, TRACKER, History, ScalerStats, gradients, stats_of
 
-_SCALE, _TRACKER, _CLEAN, _APPLIED, _SKIPPED, _CONSECUTIVE, _LAST_BAD = 0, 1, 3, 4, 5, 6, 7
+_SIXTEEN = (torch.float16, torch.bfloat16)
 
 
 def autocast(device_type, dtype=torch.float16, enabled=True):
@@ -18,23 +18,8 @@ def autocast(device_type, dtype=torch.float16, enabled=True):
     return torch.autocast(device_type, dtype=dtype, enabled=enabled)
 
 
-@dataclass(frozen=True)
-class ScalerStats:
-    """The newest update that the device has finished."""
-
-    step: int                       #: updates so far
-    scale: float                    #: after that update
-    clean_steps: int                #: clean updates in a row
-    steps_applied: int
-    steps_skipped: int
-    consecutive_skips: int
-    last_found_inf: bool
-    first_bad_param: Optional[str]  #: name of the first parameter with a non-finite gradient in that update
-    grad_norm: float                #: unscaled, before clipping, over all optimizers stepped; nan when found_inf
-    amax: float                     #: largest |gradient| as stored
-    zero_share: float               #: zeros / elements
-    subnormal_share: float          #: FP16-subnormal gradients / non-zero gradients
-    overflowed: int                 #: weights kept from leaving the 16-bit range, in all
+def _ours(optimizer):
+    return isinstance(optimizer, (optim.Optimizer, optim.Masters))
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -44,7 +29,8 @@ class GradScaler(torch.amp.GradScaler):
     halfstep optimizers; found_inf is an OR (`!= 0`, MAX over devices) on every path; the scale stays in the policy's bounds,
     by default [2^-14, 2^127]; a 16-bit loss is scaled in FP32; our optimizers cost no synchronisation.
 
-    device None: that of the first loss. `policy` (halfstep.policies) excludes the four numbers.
+    device None: that of the first loss. `policy` (halfstep.policies) excludes the four numbers; without it they make a
+    Dynamic policy, torch's but for its floor (2^-14, or init_scale where that is lower) and ceiling (2^127).
     """
 
     def __init__(self, device=None, init_scale=None, growth_factor=None, backoff_factor=None, growth_interval=None, enabled=True, *, policy=None):
@@ -52,16 +38,32 @@ class GradScaler(torch.amp.GradScaler):
         given = {k: v for k, v in numbers.items() if v is not None}
         if policy is not None and given:
             raise TypeError(f"GradScaler: policy is {policy} and {', '.join(given)} too; pass one or the other")
-        self._rule = policy if policy is not None else policies.Dynamic(**given)
-        dynamic = self._rule if isinstance(self._rule, policies.Dynamic) else policies.Dynamic()
-        super().__init__("cpu", init_scale=self._rule.init_scale, growth_factor=dynamic.growth_factor, backoff_factor=dynamic.backoff_factor,
+        if policy is None:
+            floor = policies.Dynamic.min_scale
+            policy = policies.Dynamic(**given, min_scale=min(floor, given.get("init_scale", floor)))
+        self._rule = policy
+        dynamic = policy if isinstance(policy, policies.Dynamic) else policies.Dynamic()
+        super().__init__("cpu", init_scale=policy.init_scale, growth_factor=dynamic.growth_factor, backoff_factor=dynamic.backoff_factor,
                          growth_interval=dynamic.growth_interval, enabled=enabled)
         self._device = None if device is None else torch.device(device).type
         self._policy_vector = self._state = None
         self._loaded_state = None
-        self._found, self._clips, self._fresh = {}, {}, True
-        self._snapshots, self._updates, self._last_stats = [], 0, None
-        self._warned_flush, self._zero_steps = False, 0
+        self._found, self._clipped, self._fresh = {}, [], True
+        self._history = History()
+
+    def __getstate__(self):
+        state = super().__getstate__()  # between iterations only, as torch's
+        loaded = self._loaded_state if self._state is None else self._state.cpu()
+        state.update(_policy_vector=None, _state=None, _loaded_state=loaded, _found={}, _clipped=[], _fresh=True)
+        return state
+
+    @property
+    def _updates(self):
+        return self._history.updates
+
+    @_updates.setter
+    def _updates(self, value):
+        self._history.updates = value
 
     # -- state on the device -----------------------------------------------------------------------
     def _lazy_init_scale_growth_tracker(self, dev):
@@ -71,9 +73,9 @@ class GradScaler(torch.amp.GradScaler):
         if self._loaded_state is not None:
             self._state.copy_(self._loaded_state)
         else:
-            self._state[_SCALE], self._state[_TRACKER] = self._init_scale, self._init_growth_tracker
-        self._scale = self._state[_SCALE].float().clone()
-        self._growth_tracker = self._state[_TRACKER]
+            self._state[SCALE], self._state[TRACKER] = self._init_scale, self._init_growth_tracker
+        self._scale = self._state[SCALE].float().clone()
+        self._growth_tracker = self._state[TRACKER]
 
     @property
     def policy(self):
@@ -115,55 +117,63 @@ class GradScaler(torch.amp.GradScaler):
 
     @torch.no_grad()
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
-        ours = isinstance(optimizer, (optim.Optimizer, optim.Masters))
-        by_device, outputs, flushed = {}, [], 0
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                grad = param.grad
-                if grad is None:
-                    continue
-                if grad.is_complex():
-                    raise NotImplementedError(f"unscale_: a gradient is {grad.dtype}; complex gradients are not supported")
-                if grad.is_sparse:
-                    if grad.dtype in (torch.float16, torch.bfloat16):
-                        param.grad = grad = grad.coalesce()  # duplicates may overflow only when summed
-                    by_device.setdefault(grad.device, ([], []))[0].append(grad._values())
-                elif ours and grad.dtype in (torch.float16, torch.bfloat16):
-                    by_device.setdefault(grad.device, ([], []))[1].append((param, grad))
-                else:
-                    if grad.dtype == torch.float16 and not self._warned_flush and grad.device.type == "cpu":
-                        before = int((grad != 0).sum())
-                        flushed += before - int((grad.float() * inv_scale.float()).half().count_nonzero())
-                    by_device.setdefault(grad.device, ([], []))[0].append(grad)
-        results = {}
-        for device, (in_place, widened) in by_device.items():
-            flag, inverse = torch.zeros((), device=device), inv_scale.to(device, non_blocking=True)
-            if in_place:
-                H.unscale_(in_place, inverse, flag, [])
-            if widened:
-                outputs = [torch.empty_like(grad, dtype=torch.float32) for _, grad in widened]
-                H.unscale_to_(outputs, [grad for _, grad in widened], inverse, flag, [])
-                for (param, _), output in zip(widened, outputs):
-                    param.grad = None
+        grads = [(param, param.grad) for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        for _, grad in grads:
+            if grad.is_complex():
+                raise NotImplementedError(f"unscale_: a gradient is {grad.dtype}; complex gradients are not supported")
+        devices = {}
+        for param, grad in grads:
+            in_place, widened = devices.setdefault(grad.device, ([], []))
+            if grad.is_sparse:
+                if grad.dtype in _SIXTEEN:
+                    param.grad = grad = grad.coalesce()  # duplicates may overflow only when summed
+                in_place.append(grad._values())
+            elif grad.dtype in _SIXTEEN and _ours(optimizer):
+                widened.append((param, grad))
+            else:
+                in_place.append(grad)
+        return {device: self._unscale_lists(optimizer, in_place, widened, inv_scale.to(device, non_blocking=True)) for device, (in_place, widened) in devices.items()}
+
+    def _unscale_lists(self, optimizer, in_place, widened, inverse):
+        """In place, or for the pairs of `widened` into an FP32 gradient of the parameter. Returns the flag of what was found."""
+        flag = torch.zeros((), device=inverse.device)
+        half = [grad for grad in in_place if grad.dtype == torch.float16]
+        zeros = H.grad_stats(half, [])[-1, 3] if half else None
+        if in_place:
+            H.unscale_(in_place, inverse, flag, [])
+        if half:
+            self._history.flushed(H.grad_stats(half, [])[-1, 3] - zeros)
+        if widened:
+            outputs = [torch.empty_like(grad, dtype=torch.float32) for _, grad in widened]
+            H.unscale_to_(outputs, [grad for _, grad in widened], inverse, flag, [])
+            for (param, _), output in zip(widened, outputs):
+                param.grad = None
+                if param.grad_dtype != torch.float32:
                     param.grad_dtype = torch.float32
-                    param.grad = output
-            results[device] = flag
-        if flushed > 0:
-            self._warned_flush = True
-            warnings.warn(f"unscaling FP16 gradients in place set {flushed} small values to zero; use a halfstep optimizer, which unscales in FP32", stacklevel=4)
-        return results
+                    optimizer._widened.append(param)
+                param.grad = output
+        return flag
+
+    @torch.no_grad()
+    def _check_inf_per_device(self, optimizer):
+        """torch's hook for optimizers that unscale themselves; it only reads."""
+        flags = {device: H.grad_stats(grads, [])[-1, 7].float() for device, (_, grads) in gradients(optimizer).items()}
+        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = flags
+        return flags
 
     # -- the step ----------------------------------------------------------------------------------
     def _begin(self):
         """First call after an update: what was known of the last step is no longer asked for."""
         if self._fresh:
-            self._found, self._stats_of, self._fresh = {}, [], False
+            self._found, self._history.steps, self._fresh = {}, [], False
 
     def step(self, optimizer, closure=None, *args, **kwargs):
         """optimizer.step() unless a gradient is non-finite.
 
-        For halfstep optimizers everything stays on the device. For others the check costs one synchronisation.
-        A closure is evaluated once, before the check.
+        For halfstep optimizers, and others with torch's `_step_supports_amp_scaling`, everything stays on the device; for
+        the rest the check costs one synchronisation. A closure scales its loss and calls backward; it is evaluated once
+        before the check. An optimizer that evaluates it again (LBFGS) sees unscaled gradients each time; one that is not
+        finite then takes the whole step back.
         """
         if not self._enabled:
             return optimizer.step(*([] if closure is None else [closure]), *args, **kwargs)
@@ -172,61 +182,131 @@ class GradScaler(torch.amp.GradScaler):
             raise RuntimeError("step() has already been called since the last update().")
         loss = None
         if closure is not None:
+            if state["stage"] is OptState.UNSCALED:
+                raise RuntimeError("step: unscale_() has been called for this optimizer, but its closure makes new, scaled gradients; use one or the other")
             with torch.enable_grad():
                 loss = closure()
         self._check_scale_growth_tracker("step")
         self._begin()
-        if isinstance(optimizer, (optim.Optimizer, optim.Masters)):
-            self._step_ours(optimizer, state)
+        if _ours(optimizer):
+            self._step_ours(optimizer, state, loss, closure)
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            result = self._step_aware(optimizer, state, args, kwargs)
+            loss = result if loss is None else loss
         else:
-            result = self._step_stock(optimizer, state, args, kwargs)
+            result = self._step_stock(optimizer, state, loss, closure, args, kwargs)
             loss = result if loss is None else loss
         state["stage"] = OptState.STEPPED
         torch.clear_autocast_cache()
         return loss
 
+    def _scale_for(self, optimizer, unscaled):
+        """The scale still in the gradients: ours times what the user left in optimizer.grad_scale, as in torch."""
+        own = getattr(optimizer, "grad_scale", None)
+        return own if unscaled else self._scale if own is None else self._scale * own
+
     @torch.no_grad()
-    def _step_ours(self, optimizer, state):
-        clip = self._clips.pop(id(optimizer), None)
+    def _step_ours(self, optimizer, state, loss, closure):
         unscaled = state["stage"] is OptState.UNSCALED
         stats = optimizer._gather_stats()
         assert stats or state["found_inf_per_device"], "No inf checks were recorded for this optimizer."
-        scale = None if unscaled else self._scale
         found = self._combine(state["found_inf_per_device"].values(), self._scale.device) if unscaled else None
-        optimizer._step_with(scale, found, clip, stats)
+        scale = self._scale_for(optimizer, unscaled)
+        optimizer._control = None
+        optimizer._handed = (scale, found, stats) if isinstance(optimizer, optim.Optimizer) else (scale, found, stats, loss, closure)
+        try:
+            optimizer.step()  # the public one: hooks, schedulers and wrappers see it
+        finally:
+            optimizer._handed = None
         control = optimizer._control
+        if control is None:  # a wrapper of step() did not call it
+            control = optimizer._make_control(scale, found, None, [table for _, table, _ in stats])
         state["found_inf_per_device"] = {control.device: control[0].float()}
         self._found[id(optimizer)] = control[0]
-        self._record(optimizer, stats, control, None if unscaled else self._scale)
-        if unscaled:
-            for room in optimizer._rooms:
-                for param in room.params:
-                    if room.group["grad_dtype"] == "param" and param.grad is not None and param.grad.dtype != param.dtype:
-                        _restore_grad_dtype(param)
+        self._history.stepped(optimizer, stats, control)
 
-    def _step_stock(self, optimizer, state, args, kwargs):
+    @torch.no_grad()
+    def _step_aware(self, optimizer, state, args, kwargs):
+        """torch's protocol for fused optimizers: they get the scale and a flag, which here is 0 or 1 and nothing else."""
+        if "grad_scaler" in inspect.signature(optimizer.step).parameters:
+            warnings.warn("optimizer.step takes grad_scaler, which torch deprecates: it should read self.grad_scale and self.found_inf", FutureWarning, stacklevel=3)
+            result = optimizer.step(*args, grad_scaler=self, **kwargs)
+            flags = state["found_inf_per_device"]
+            if flags:
+                self._found[id(optimizer)] = self._combine(flags.values(), self._scale.device)
+            return result
+        unscaled = state["stage"] is OptState.UNSCALED
+        flags = state["found_inf_per_device"] if unscaled else self._check_inf_per_device(optimizer)
+        assert len(flags) > 0, "No inf checks were recorded for this optimizer."
+        scale, found = self._scale_for(optimizer, unscaled), (self._combine(flags.values(), self._scale.device) != 0).float()
+        stats = stats_of(optimizer)
+        control = self._control_of(stats, scale, found)
+        optimizer.grad_scale, optimizer.found_inf = scale, found
+        try:
+            with torch.enable_grad():
+                result = optimizer.step(*args, **kwargs)
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
+        self._found[id(optimizer)] = found
+        self._history.stepped(optimizer, stats, control)
+        return result
+
+    def _control_of(self, stats, scale, found):
+        return H.step_control([table.to(self._scale.device) for _, table, _ in stats], scale, found, None, -1.0)
+
+    def _step_stock(self, optimizer, state, loss, closure, args, kwargs):
         if state["stage"] is OptState.READY:
             self.unscale_(optimizer)
         flags = state["found_inf_per_device"]
         assert len(flags) > 0, "No inf checks were recorded for this optimizer."
         found = self._combine(flags.values(), self._scale.device)
-        self._found[id(optimizer)] = found
         with torch.no_grad():
-            grads = [p.grad._values() if p.grad.is_sparse else p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-            stats = [(None, H.grad_stats([x for x in grads if x.device == device], [])) for device in {x.device for x in grads}]
-            self._record(optimizer, stats, H.step_control([s.to(self._scale.device) for _, s in stats], None, found, None, -1.0), None)
-        if bool(found != 0):
-            return None
-        return optimizer.step(*args, **kwargs)
+            stats = stats_of(optimizer)
+            self._history.stepped(optimizer, stats, self._control_of(stats, None, found))
+        result = None
+        if not bool(found != 0):
+            if closure is None:
+                result = optimizer.step(*args, **kwargs)
+            elif not self._step_with_closure(optimizer, loss, closure, args, kwargs):
+                found = torch.ones_like(found)
+                state["found_inf_per_device"] = {found.device: found}
+        self._found[id(optimizer)] = found
+        return result
+
+    def _step_with_closure(self, optimizer, loss, closure, args, kwargs):
+        """False when a later evaluation overflowed and the step was taken back."""
+        again = optim.evaluates_again(optimizer)
+        before = optim.Snapshot(optimizer, [p for g in optimizer.param_groups for p in g["params"]]) if again else None
+        first = True
+
+        def evaluate():
+            nonlocal first
+            if first:
+                first = False
+                return loss
+            with torch.enable_grad():
+                value = closure()
+            flags = self._unscale_grads_(optimizer, self._scale.double().reciprocal().float(), None, True)
+            if bool(self._combine(flags.values(), self._scale.device) != 0):
+                raise optim.Overflow
+            return value
+
+        try:
+            optimizer.step(evaluate, *args, **kwargs)
+        except optim.Overflow:
+            if before is None:
+                raise RuntimeError(f"{type(optimizer).__name__} evaluated its closure again and the gradients were not finite") from None
+            before.restore()
+            return False
+        return True
 
     @staticmethod
     def _combine(flags, device):
         """MAX over devices; NaN stays NaN and counts as found."""
-        return torch.stack([f.reshape(()).float().to(device, non_blocking=True) for f in flags]).amax()
+        flags = [f.reshape(()).float().to(device, non_blocking=True) for f in flags]
+        return flags[0] if len(flags) == 1 else torch.stack(flags).amax()
 
-    def _record(self, optimizer, stats, control, scale):
-        self._stats_of.append((optimizer, stats, control, scale))
-
+    # -- clipping ----------------------------------------------------------------------------------
     @torch.no_grad()
     def clip_grad_norm_(self, optimizers, max_norm, norm_type=2.0):
         """Clips the global norm over all `optimizers` together; returns it, unscaled, as a 0-d device tensor.
@@ -237,48 +317,49 @@ class GradScaler(torch.amp.GradScaler):
         optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
         if not max_norm >= 0:
             raise ValueError(f"clip_grad_norm_: max_norm is {max_norm}; expected a number >= 0")
-        parts, device = [], None
-        for optimizer in optimizers:
-            ours = isinstance(optimizer, (optim.Optimizer, optim.Masters))
-            if self._enabled:
-                self._check_scale_growth_tracker("clip_grad_norm_")
-                if not ours and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
-                    self.unscale_(optimizer)
-            scaled = self._enabled and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY
-            factor = 1.0 / self._scale.double() if scaled else 1.0
-            for group in optimizer.param_groups:
-                for param in group["params"]:
-                    if param.grad is not None:
-                        parts.append(self._one_norm(param.grad, norm_type) * factor)
-        if not parts:
+        norms = [norm for optimizer in optimizers for norm in self._norms(optimizer, float(norm_type))]
+        if not norms:
             return torch.zeros(())
-        device = parts[0].device
-        norms = torch.stack([p.to(device) for p in parts])
-        norm = torch.linalg.vector_norm(norms, norm_type)
+        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]), norm_type)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for optimizer in optimizers:
-            if self._enabled and isinstance(optimizer, (optim.Optimizer, optim.Masters)):
-                self._clips[id(optimizer)] = factor
+            if _ours(optimizer):
+                pending = optimizer._pending_clip
+                optimizer._pending_clip = factor if pending is None else pending.to(factor.device) * factor
+                self._clipped.append(optimizer)
             else:
-                for group in optimizer.param_groups:
-                    for param in group["params"]:
-                        if param.grad is not None:
-                            param.grad.mul_(factor.to(param.grad.device, param.grad.dtype))
+                for _, grads in gradients(optimizer).values():
+                    for grad in grads:
+                        grad.mul_(factor.to(grad.device, grad.dtype))
         return norm.float()
 
-    @staticmethod
-    def _one_norm(grad, norm_type):
-        values = grad.coalesce()._values() if grad.is_sparse else grad
-        if norm_type == 2.0:
-            return H.grad_stats([values], [])[-1, 1].sqrt()
-        return torch.linalg.vector_norm(values.double(), norm_type)
+    def _norms(self, optimizer, norm_type):
+        """Norm of an optimizer's unscaled, so far clipped gradients, one 0-d FP64 tensor a device."""
+        stage = None
+        if self._enabled:
+            self._check_scale_growth_tracker("clip_grad_norm_")
+            if not _ours(optimizer) and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+                self.unscale_(optimizer)
+            stage = self._per_optimizer_states[id(optimizer)]["stage"]
+        norms = []
+        for device, (_, grads) in gradients(optimizer).items():
+            if norm_type == 2.0:
+                norm = H.grad_stats(grads, [])[-1, 1].sqrt()
+            else:
+                norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.double(), norm_type) for g in grads]), norm_type)
+            if stage is OptState.READY:
+                norm = norm / self._scale.to(device, torch.float64)
+            if _ours(optimizer) and optimizer._pending_clip is not None:
+                norm = norm * optimizer._pending_clip.to(device)
+            norms.append(norm)
+        return norms
 
     # -- the update --------------------------------------------------------------------------------
     @torch.no_grad()
     def update(self, new_scale=None):
         """Applies the policy to this iteration's found_inf, or sets the scale."""
         if not self._enabled:
-            return
+            return self._forget_clips()
         self._check_scale_growth_tracker("update")
         if new_scale is not None:
             value = new_scale if isinstance(new_scale, torch.Tensor) else torch.tensor(float(new_scale))
@@ -287,64 +368,28 @@ class GradScaler(torch.amp.GradScaler):
             if value.device.type == "cpu" and not (policies.LOWEST_SCALE <= float(value) <= policies.HIGHEST_SCALE):
                 raise ValueError(f"update: new_scale is {float(value)}; expected between 2^-126 and 2^127")
             self._scale.copy_(value.reshape(()))
-            self._state[_SCALE] = self._scale
+            self._state[SCALE] = self._scale
         else:
             flags = [f for s in self._per_optimizer_states.values() for f in s["found_inf_per_device"].values()]
             assert len(flags) > 0, "No inf checks were recorded prior to update."
             H.update_scale_(self._scale, self._state, self._combine(flags, self._scale.device), self._policy_vector)
-            self._updates += 1
-            self._snapshot()
+            self._history.updated(self._state)
         self._per_optimizer_states.clear()
-        self._clips.clear()
+        self._forget_clips()
         self._fresh = True
 
+    def _forget_clips(self):
+        for optimizer in self._clipped:
+            optimizer._pending_clip = None
+        self._clipped.clear()
+
     # -- what is known -----------------------------------------------------------------------------
-    def _snapshot(self):
-        """Queues one copy of this step's numbers to the host; nothing waits for it."""
-        rows = [(optimizer, room, s) for optimizer, stats, _, _ in self._stats_of for room, s in stats]
-        device = self._scale.device
-        norms = torch.stack([control[2] for _, _, control, _ in self._stats_of]).to(device)
-        overflowed = [room.overflowed.sum() for optimizer, _, _, _ in self._stats_of for room in optimizer_rooms(optimizer)]
-        parts = [self._state, torch.linalg.vector_norm(norms).reshape(1), torch.stack([o.to(device) for o in overflowed]).sum().double().reshape(1)
-                 if overflowed else torch.zeros(1, dtype=torch.float64, device=device)]
-        parts += [s[-1].to(device) for _, _, s in rows]
-        numbers, names = torch.cat(parts), [_names(optimizer, room) for optimizer, room, _ in rows]
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            host.copy_(numbers, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._snapshots = self._snapshots[-15:] + [(self._updates, host, names, event)]
-        elif device.type != "cuda":
-            self._snapshots = [(self._updates, numbers, names, None)]
-            self._watch_zeros(numbers)
-
-    def _watch_zeros(self, numbers):
-        rows = numbers[18:].reshape(-1, 8)
-        all_zero = len(rows) > 0 and float(rows[:, 5].sum()) > 0 and float(rows[:, 3].sum()) == float(rows[:, 5].sum())
-        self._zero_steps = self._zero_steps + 1 if all_zero else 0
-        if self._zero_steps == 2:
-            warnings.warn("all gradients were exactly zero in two steps running: were scaled FP16 gradients clipped? use scaler.clip_grad_norm_", stacklevel=4)
-
     def stats(self):
         """ScalerStats of the newest update that the device has finished; never waits."""
-        for updates, numbers, names, event in reversed(self._snapshots):
-            if event is None or event.query():
-                return self._read(updates, numbers, names)
+        if not self._enabled:
+            return self._history.read(None, 1.0)
         scale = self._init_scale if self._scale is None or self._scale.device.type == "cuda" else float(self._scale)
-        return ScalerStats(0, scale, 0, 0, 0, 0, False, None, float("nan"), 0.0, 0.0, 0.0, 0)
-
-    @staticmethod
-    def _read(updates, numbers, names):
-        state, norm, overflowed = numbers[:16].tolist(), float(numbers[16]), int(numbers[17])
-        rows = numbers[18:].reshape(-1, 8).tolist()
-        bad = next((names[i][int(row[6])] for i, row in enumerate(rows) if row[6] >= 0), None)
-        elements, zeros = sum(r[5] for r in rows), sum(r[3] for r in rows)
-        return ScalerStats(
-            step=updates, scale=state[_SCALE], clean_steps=int(state[_CLEAN]), steps_applied=int(state[_APPLIED]),
-            steps_skipped=int(state[_SKIPPED]), consecutive_skips=int(state[_CONSECUTIVE]), last_found_inf=bool(state[_LAST_BAD]),
-            first_bad_param=bad, grad_norm=norm, amax=max((r[2] for r in rows), default=0.0), zero_share=zeros / elements if elements else 0.0,
-            subnormal_share=sum(r[4] for r in rows) / (elements - zeros) if elements > zeros else 0.0, overflowed=overflowed)
+        return self._history.read(self._loaded_state, scale)
 
     def step_was_skipped(self, optimizer=None):
         """Whether that optimizer's step, or any, was skipped since the last update but one. May synchronise."""
@@ -385,16 +430,15 @@ class GradScaler(torch.amp.GradScaler):
             return
         self._rule, numbers, updates = checkpoint.read_scaler_state(state_dict, self._rule)
         self._updates = self._updates if updates is None else updates
-        self._init_scale, self._init_growth_tracker = numbers[_SCALE], int(numbers[_TRACKER])
+        self._init_scale, self._init_growth_tracker = numbers[SCALE], int(numbers[TRACKER])
         self._growth_factor, self._backoff_factor = float(state_dict["growth_factor"]), float(state_dict["backoff_factor"])
         self._growth_interval = int(state_dict["growth_interval"])
         self._loaded_state = torch.tensor(numbers, dtype=torch.float64)
-        unknown = torch.tensor([float("nan"), 0.0], dtype=torch.float64)  # norm and overflow count of a step before our time
-        self._snapshots = [(self._updates, torch.cat([self._loaded_state, unknown]), [], None)]
+        self._history.forget()
         if self._state is not None:
             self._policy_vector.copy_(self._rule.vector())
             self._state.copy_(self._loaded_state)
-            self._scale.copy_(self._state[_SCALE])
+            self._scale.copy_(self._state[SCALE])
 
     def get_scale(self):
         """The scale as a Python number; synchronises on a GPU."""
@@ -405,23 +449,4 @@ class GradScaler(torch.amp.GradScaler):
     def _get_growth_tracker(self):
         if not self._enabled:
             return 0
-        return self._init_growth_tracker if self._state is None else int(self._state[_TRACKER])
-
-
-def optimizer_rooms(optimizer):
-    return getattr(optimizer, "_rooms", [])
-
-
-def _names(optimizer, room):
-    if room is not None:
-        return room.names
-    params = [(g, p) for g in optimizer.param_groups for p in zip(g["params"], g.get("param_names") or [None] * len(g["params"])) if p[0].grad is not None]
-    return [name or f"parameter {i}" for i, (_, (_, name)) in enumerate(params)]
-
-
-def _restore_grad_dtype(param):
-    """After the step the FP32 gradient has served; the next backward is again in the parameter's dtype."""
-    grad = param.grad
-    param.grad = None
-    param.grad_dtype = param.dtype
-    del grad
+        return self._init_growth_tracker if self._state is None else int(self._state[TRACKER])

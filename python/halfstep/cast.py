@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .optim import Masters, Optimizer, check_fits
+from ._room import SIXTEEN, check_fits, dtype_name, owned
+from .optim import Masters, Optimizer
 
 _NORMS = (torch.nn.modules.batchnorm._NormBase, torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.RMSNorm, torch.nn.LocalResponseNorm)
 
@@ -23,15 +24,25 @@ class CastReport:
         return f"{len(self.cast)} parameters cast to {str(self.dtype).removeprefix('torch.')}, {len(self.kept)} kept in FP32"
 
 
-def _keeps(module, name, keep_fp32):
+def _kept_modules(model, keep_fp32):
+    """The outermost modules that stay FP32; a rule that fits nothing is refused."""
     if keep_fp32 is None:
-        return isinstance(module, _NORMS)
-    for rule in keep_fp32:
-        if isinstance(rule, type) and isinstance(module, rule):
-            return True
-        if isinstance(rule, str) and name and fnmatch.fnmatch(name, rule):
-            return True
-    return False
+        rules = list(_NORMS)
+    else:
+        rules = [keep_fp32] if isinstance(keep_fp32, (str, type)) else list(keep_fp32)
+    used, kept = set(), {}
+    for name, module in model.named_modules():
+        for rule in rules:
+            if isinstance(rule, type) and isinstance(module, rule) or isinstance(rule, str) and name and fnmatch.fnmatch(name, rule):
+                used.add(rule)
+                kept[name] = module
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+            kept[name] = module  # its statistics stay FP32, and its weights must be of their dtype
+    unused = [r for r in rules if r not in used]
+    if keep_fp32 is not None and unused:
+        raise ValueError(f"cast_model: keep_fp32 has {unused[0]!r}, which fits no module (modules: {', '.join(repr(n) for n, _ in model.named_modules() if n) or 'none'})")
+    inside = lambda name: any("" in kept or name.startswith(outer + ".") for outer in kept if outer != name)
+    return {name: module for name, module in kept.items() if not inside(name)}
 
 
 def _cast_floats(value, dtype):
@@ -57,7 +68,8 @@ def _has_wide_float(value):
 def cast_model(model, dtype=torch.float16, keep_fp32=None, grad_dtype=None, cast_inputs=False):
     """Casts the floating parameters of `model` to `dtype` in place; returns a CastReport.
 
-    keep_fp32: classes, module names or globs that stay FP32; None keeps all norms. The FP32 values are remembered until
+    keep_fp32: classes, module names or globs that stay FP32; None keeps all norms. Norms with running statistics always
+    stay: torch computes them in the dtype of those. The FP32 values are remembered until
     the first optimizer takes them, so masters begin exactly there. cast_inputs: the model casts floating inputs itself;
     without it FP32 input outside autocast is refused. Buffers are untouched, tied weights stay tied. Everything is
     checked before anything is changed: |w| >= 65520 is refused by name.
@@ -66,71 +78,97 @@ def cast_model(model, dtype=torch.float16, keep_fp32=None, grad_dtype=None, cast
         raise ValueError(f"cast_model: dtype is {dtype}; expected torch.float16 or torch.bfloat16")
     if grad_dtype not in (None, "param", "fp32", torch.float32):
         raise ValueError(f"cast_model: grad_dtype is {grad_dtype!r}; expected None, 'param' or 'fp32'")
-    kept_modules, kept, chosen = [], set(), {}
-    for module_name, module in model.named_modules():
-        if _keeps(module, module_name, keep_fp32):
-            kept_modules.append(module)
-            kept.update(id(p) for p in module.parameters())
+    kept_modules, chosen = _kept_modules(model, keep_fp32), {}
+    kept = {id(p) for module in kept_modules.values() for p in module.parameters()}
     for name, param in model.named_parameters():
         if not param.is_floating_point() or id(param) in kept:
             continue
-        owner = getattr(param, "_halfstep_optimizer", None)
-        if owner is not None and owner() is not None:
+        if owned(param):
             raise RuntimeError(f"cast_model: '{name}' already belongs to an optimizer; cast the model first, then make the optimizer")
         check_fits(param, torch.empty(param.shape, dtype=dtype, device="meta"), name)
         chosen[name] = param
     report = CastReport(dtype, list(chosen), [n for n, p in model.named_parameters() if id(p) in kept])
     for param in chosen.values():
-        exact = param.detach()
+        exact, grad = getattr(param, "_halfstep_exact", param.detach()), param.grad
+        param.grad = None
         param.data = exact.to(dtype)
-        if param.requires_grad:
-            param._halfstep_exact = exact
         if grad_dtype in ("fp32", torch.float32):
             param.grad_dtype = torch.float32
-    _install_hooks(model, kept_modules, dtype, cast_inputs)
+        if grad is not None:
+            param.grad = grad.to(torch.float32 if grad_dtype in ("fp32", torch.float32) else dtype)
+        if param.requires_grad:
+            param._halfstep_exact = exact
+    _install_hooks(model, kept_modules.values(), dtype, cast_inputs)
     return report
 
 
-def _install_hooks(model, kept_modules, dtype, cast_inputs):
-    def root(module, args, kwargs):
-        device = next(module.parameters()).device.type
-        if cast_inputs:
-            return _cast_floats(args, module._halfstep_dtype), _cast_floats(kwargs, module._halfstep_dtype)
-        if not module._halfstep_evaluating and not torch.is_autocast_enabled(device) and _has_wide_float(list(args) + list(kwargs.values())):
-            name = str(dtype).removeprefix("torch.")
-            raise RuntimeError(f"model was cast to {name}: run it inside hs.autocast, or cast_model(…, cast_inputs=True)")
+class _Root:
+    """On the cast model: casts floating inputs, or refuses FP32 ones where nothing else would cast them."""
+
+    def __init__(self, dtype, cast_inputs):
+        self.dtype, self.cast_inputs, self.evaluating = dtype, cast_inputs, False
+
+    def __call__(self, module, args, kwargs):
+        if self.evaluating:
+            return None
+        if self.cast_inputs:
+            return _cast_floats(args, self.dtype), _cast_floats(kwargs, self.dtype)
+        first = next(module.parameters(), None)
+        device = "cpu" if first is None else first.device.type
+        if not torch.is_autocast_enabled(device) and _has_wide_float(list(args) + list(kwargs.values())):
+            raise RuntimeError(f"model was cast to {dtype_name(self.dtype)}: run it inside hs.autocast, or cast_model(…, cast_inputs=True)")
         return None
 
-    def enter(module, args, kwargs):
+
+class _Enter:
+    """On a kept module: its floating inputs become FP32."""
+
+    def __call__(self, module, args, kwargs):
         return _cast_floats(args, torch.float32), _cast_floats(kwargs, torch.float32)
 
-    def leave(module, args, output):
-        return _cast_floats(output, model._halfstep_dtype)
 
-    if not hasattr(model, "_halfstep_dtype"):
-        model.register_forward_pre_hook(root, with_kwargs=True)
-        for module in kept_modules:
-            if module is model:
-                continue
-            module.register_forward_pre_hook(enter, with_kwargs=True)
-            module.register_forward_hook(leave)
-    model._halfstep_dtype, model._halfstep_evaluating = dtype, False
+class _Leave:
+    """On a kept module: its floating outputs become the model's dtype."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def __call__(self, module, args, output):
+        return _cast_floats(output, self.dtype)
+
+
+def _hooks(model, kinds):
+    """[(dict of hooks, key, hook)] of the given kinds in `model`."""
+    return [(hooks, key, hook) for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)
+            for key, hook in list(hooks.items()) if isinstance(hook, kinds)]
+
+
+def _install_hooks(model, kept_modules, dtype, cast_inputs):
+    for hooks, key, _ in _hooks(model, (_Root, _Enter, _Leave)):  # of an earlier cast, of this model or of a part
+        del hooks[key]
+    model.register_forward_pre_hook(_Root(dtype, cast_inputs), with_kwargs=True)
+    for module in kept_modules:
+        if module is not model:
+            module.register_forward_pre_hook(_Enter(), with_kwargs=True)
+            module.register_forward_hook(_Leave(dtype))
 
 
 def _as_list(optimizers):
     return list(optimizers) if isinstance(optimizers, (list, tuple)) else [] if optimizers is None else [optimizers]
 
 
+def _owned(optimizer):
+    """[(parameter, name)] of one of our optimizers, in the order of its master_params()."""
+    if isinstance(optimizer, Masters):
+        return [(p, name) for (p, _), name in zip(optimizer._pairs, optimizer._names)]
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{type(optimizer).__name__} is not a halfstep optimizer and has no masters; leave it out")
+    return [pair for room in optimizer._rooms for pair in zip(room.params, room.names)]
+
+
 def _exact_weights(optimizers):
     """{id(parameter): exact value} from the optimizers' masters."""
-    exact = {}
-    for optimizer in _as_list(optimizers):
-        if isinstance(optimizer, Masters):
-            exact.update({id(p): m for (p, _), m in zip(optimizer._pairs, optimizer.master_params())})
-        elif isinstance(optimizer, Optimizer):
-            params = [p for room in optimizer._rooms for p in room.params]
-            exact.update({id(p): m for p, m in zip(params, optimizer.master_params())})
-    return exact
+    return {id(p): m for optimizer in _as_list(optimizers) for (p, _), m in zip(_owned(optimizer), optimizer.master_params())}
 
 
 @contextlib.contextmanager
@@ -141,50 +179,42 @@ def evaluate_in(model, optimizers=None, dtype=torch.float32, weights="master"):
         raise ValueError(f"evaluate_in: weights is {weights!r}; expected 'master'")
     exact = _exact_weights(optimizers)
     tensors = [t for t in list(model.parameters()) + list(model.buffers()) if t.is_floating_point()]
+    value_of = lambda t: exact.get(id(t), getattr(t, "_halfstep_exact", t.data)).detach()
+    if dtype in SIXTEEN:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_floating_point():
+                check_fits(value_of(tensor), torch.empty(tensor.shape, dtype=dtype, device="meta"), name)
     saved = [(t, t.data) for t in tensors]
-    cast_dtype, training = getattr(model, "_halfstep_dtype", None), model.training
-    hook = model.register_forward_pre_hook(lambda m, args, kwargs: (_cast_floats(args, dtype), _cast_floats(kwargs, dtype)),
-                                           with_kwargs=True, prepend=False)
-    kept = []
+    training = {module: module.training for module in model.modules()}
+    hook = model.register_forward_pre_hook(lambda m, args, kwargs: (_cast_floats(args, dtype), _cast_floats(kwargs, dtype)), with_kwargs=True)
+    roots = [r for _, _, r in _hooks(model, _Root)]
+    bypassed = _hooks(model, (_Enter, _Leave))
+    before = [r.evaluating for r in roots]
+    order = [(hooks, dict(hooks)) for hooks in {id(h): h for h, _, _ in bypassed}.values()]
     try:
         with torch.no_grad():
             for tensor in tensors:
-                value = exact.get(id(tensor), getattr(tensor, "_halfstep_exact", tensor.data))
-                tensor.data = value.detach().to(dtype)
-        if cast_dtype is not None:
-            model._halfstep_dtype, model._halfstep_evaluating = dtype, True
-            kept = _bypass(model)
+                tensor.data = value_of(tensor).to(dtype)
+        for root in roots:
+            root.evaluating = True
+        for hooks, key, _ in bypassed:
+            del hooks[key]
         model.eval()
         with torch.no_grad(), torch.autocast(tensors[0].device.type if tensors else "cpu", enabled=False):
             yield model
     finally:
         hook.remove()
-        for module, pre, post in kept:
-            module._forward_pre_hooks.update(pre)
-            module._forward_hooks.update(post)
+        for hooks, items in order:
+            hooks.clear()
+            hooks.update(items)
         for tensor, data in saved:
             tensor.data = data
-        if cast_dtype is not None:
-            model._halfstep_dtype, model._halfstep_evaluating = cast_dtype, False
-        model.train(training)
+        for root, was in zip(roots, before):
+            root.evaluating = was
+        for module, was in training.items():
+            module.training = was
         for optimizer in _as_list(optimizers):
-            for room in getattr(optimizer, "_rooms", []):
-                room.remember()
-
-
-def _bypass(model):
-    """Takes the FP32 casts off the kept modules while the whole model is in one dtype."""
-    removed = []
-    for module in model.modules():
-        pre = {k: h for k, h in module._forward_pre_hooks.items() if getattr(h, "__qualname__", "").startswith("_install_hooks.<locals>.enter")}
-        post = {k: h for k, h in module._forward_hooks.items() if getattr(h, "__qualname__", "").startswith("_install_hooks.<locals>.leave")}
-        for k in pre:
-            del module._forward_pre_hooks[k]
-        for k in post:
-            del module._forward_hooks[k]
-        if pre or post:
-            removed.append((module, pre, post))
-    return removed
+            optimizer._remember()
 
 
 @torch.no_grad()
@@ -216,20 +246,20 @@ def load_state_dict(model, optimizers, state_dict):
     for key, target in own.items():
         if not isinstance(target, torch.Tensor):
             continue
+        if not isinstance(state_dict[key], torch.Tensor):
+            raise ValueError(f"load_state_dict: '{key}' is {type(state_dict[key]).__name__}; expected a tensor")
         check_fits(state_dict[key], target, key)
         if key in named:
             values[id(named[key])] = state_dict[key]
-    taken = set()
+    taken, targets = set(), []
     for optimizer in _as_list(optimizers):
-        params = [p for room in optimizer._rooms for p in room.params] if isinstance(optimizer, Optimizer) else [p for p, _ in optimizer._pairs]
-        if any(id(p) not in values for p in params):
-            raise ValueError("load_state_dict: the optimizer has a parameter that is not in the model")
-        if isinstance(optimizer, Optimizer):
-            optimizer.set_master_params([values[id(p)] for p in params])
-        else:
-            for p, copy in optimizer._pairs:
-                copy.copy_(values[id(p)])
-                p.copy_(values[id(p)])
+        pairs = _owned(optimizer)
+        for param, name in pairs:
+            if id(param) not in values:
+                raise ValueError(f"load_state_dict: '{name}' of {type(optimizer).__name__} is not a parameter of the model")
+        targets.append((optimizer, [p for p, _ in pairs]))
+    for optimizer, params in targets:
+        optimizer.set_master_params([values[id(p)] for p in params])
         taken.update(map(id, params))
     for key, target in own.items():
         if isinstance(target, torch.Tensor) and id(named.get(key, target)) not in taken:

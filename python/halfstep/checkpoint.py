@@ -11,6 +11,7 @@ import torch
 
 from . import policies
 from ._library import H
+from ._room import check_fits
 
 _FOREIGN = ("params", "param_names", "master", "grad_dtype", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 _ENTRIES = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "master", "remainder", "weight_checksum"}
@@ -75,14 +76,16 @@ def _packed_groups(groups):
 
 @torch.no_grad()
 def optimizer_state(optimizer, packed=False):
-    for room in optimizer._rooms:
-        room.follow_move()
     optimizer._follow_edits()
     state = {}
     for room in optimizer._rooms:
-        exact = H.read_masters([p.detach() for p in room.params], room.masters) if room.params else []
+        exact = H.read_masters(room.raw, room.masters) if room.params else []
         for i, param in enumerate(room.params):
-            entry = {"step": room.steps[i].to(torch.float32), **{key: tensors[i].clone() for key, tensors in room.states.items()}}
+            # A parameter that was frozen from the start holds nothing yet; it is written as one that was never stepped.
+            states = {key: torch.zeros_like(exact[i]) if i in room.frozen else tensors[i].clone() for key, tensors in room.states.items()}
+            entry = {"step": room.steps[i].to(torch.float32), **states}
+            if i in room.frozen and room.kept_exact(i):
+                entry["master"] = exact[i]
             if room.masters[i].numel() and packed and room.masters[i].dtype == torch.int16:
                 entry.update(remainder=room.masters[i].clone(), weight_checksum=weight_checksum(param))
             elif room.masters[i].numel():
@@ -228,8 +231,6 @@ def check_weights(rounded, param, name):
 
 def _plan_master(entry, param, held, name, ours, masters):
     """The new master, or None where none is held."""
-    from .optim import check_fits  # optim imports this module
-
     if held.numel() == 0:
         return None
     value = _exact(entry, param, held, name, ours, masters)
@@ -269,8 +270,11 @@ def load_optimizer_state(optimizer, state_dict, masters="saved"):
         stray = set(state) - {number for group in groups for number in group["params"]}
         if stray:
             raise ValueError(f"optimizer state has an entry {sorted(stray, key=str)[0]!r} that is no parameter's")
-    for room in optimizer._rooms:
-        room.follow_move()
+    optimizer._follow_edits(report=False)  # the model was loaded just now
+    for room, saved in zip(optimizer._rooms, groups):  # what was frozen here from the start but trained there needs its own master and states
+        trained = [i for i in room.frozen if float(state.get(saved["params"][i], {}).get("step", 0)) > 0]
+        if trained:
+            room.thaw(trained)
     plans = [_plan_group(optimizer, room, saved, state, ours, masters) for room, saved in zip(optimizer._rooms, groups)]
     # Nothing below is refused.
     for room, (options, params) in zip(optimizer._rooms, plans):
@@ -280,18 +284,19 @@ def load_optimizer_state(optimizer, state_dict, masters="saved"):
             else:
                 room.group[key] = value.clone() if isinstance(value, torch.Tensor) else value
         room.lr_value = None
-        room.states = {key: room.states.get(key) or [None] * len(room.params) for key in optimizer._state_names(room.group)}
+        room.states = {key: room.states.get(key) or [room._nothing()] * len(room.params) for key in optimizer._state_names(room.group)}
         for i, (step, states, master) in enumerate(params):
+            if i in room.frozen:
+                continue
             room.steps[i] = step
             for key, value in states.items():
-                if room.states[key][i] is None:
-                    wide = torch.float64 in (room.params[i].dtype, room.masters[i].dtype)
-                    room.states[key][i] = torch.zeros_like(room.params[i], dtype=torch.float64 if wide else torch.float32, requires_grad=False)
+                if room.states[key][i].shape != room.params[i].shape:
+                    room.states[key][i] = torch.zeros_like(room.params[i], dtype=room.compute_dtype(i), requires_grad=False)
                 room.states[key][i].zero_() if value is None else room.states[key][i].copy_(value)
             if master is not None:
                 room.masters[i].copy_(master)
         room.remember()
-        optimizer._publish(room)
+        room.publish(optimizer.state)
 
 
 # -- hs.optim.Masters ------------------------------------------------------------------------------
@@ -313,11 +318,9 @@ def masters_state(optimizer):
 
 @torch.no_grad()
 def load_masters_state(optimizer, state_dict, masters="saved"):
-    from .optim import check_fits
-
     if masters not in ("saved", "from_params"):
         raise ValueError(f"masters is {masters!r}; expected 'saved' or 'from_params'")
-    names = [n for g in optimizer.param_groups for n in (g.get("param_names") or [f"parameter {i}" for i in range(len(g["params"]))])]
+    names = optimizer._names
     inner_kind, ours = type(optimizer.inner).__name__, "format" in state_dict
     check_header({"optimizer": inner_kind, **state_dict}, masters_kind(optimizer) if ours else inner_kind,
                  [len(g["params"]) for g in optimizer.param_groups])
@@ -348,10 +351,13 @@ def load_masters_state(optimizer, state_dict, masters="saved"):
     except Exception:
         optimizer.inner.load_state_dict(held)
         raise
-    for group, inner in zip(optimizer.param_groups, optimizer.inner.param_groups):
-        group.update({k: v for k, v in inner.items() if k not in ("params", "param_names")})
+    for group, inner, synced in zip(optimizer.param_groups, optimizer.inner.param_groups, optimizer._synced):
+        loaded = {k: v for k, v in inner.items() if k not in ("params", "param_names")}
+        group.update(loaded)
+        synced.update(loaded)
     for value, (_, copy) in zip(values, optimizer._pairs):
         copy.copy_(value)
+    optimizer._remember()
 
 
 # -- the scaler ------------------------------------------------------------------------------------
@@ -373,10 +379,11 @@ def rule_of(numbers):
     """The policy that these sixteen numbers stand for (csrc/math/scale.h)."""
     if numbers[0] == 0:
         return policies.Static(numbers[1])
-    if numbers[0] != 1 or numbers[8] not in (0, 1):
-        raise ValueError(f"scaler state is of policy kind {numbers[0]:g} with refill {numbers[8]:g}; this halfstep knows kinds 0 (Static) and 1 (Dynamic)")
+    faithful = {code: name for name, code in policies._BOUNDS.items()}
+    if numbers[0] != 1 or numbers[8] not in (0, 1) or numbers[9] not in faithful:
+        raise ValueError(f"scaler state is of policy kind {numbers[0]:g} with refill {numbers[8]:g} and bounds {numbers[9]:g}; this halfstep knows kinds 0 (Static) and 1 (Dynamic)")
     return policies.Dynamic(numbers[1], numbers[2], numbers[3], int(numbers[4]), numbers[5], numbers[6], int(numbers[7]),
-                            "growth" if numbers[8] else "clean")
+                            "growth" if numbers[8] else "clean", faithful[numbers[9]])
 
 
 def read_scaler_state(state_dict, rule):

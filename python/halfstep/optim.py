@@ -1,179 +1,115 @@
 """Master-weight optimizers. The update itself is one op a parameter group; these classes hold its tensors."""
 
-import warnings
-import weakref
+import copy
+import inspect
 
 import torch
 
 from . import checkpoint
 from ._library import H
+from ._modes import describe, mode
+from ._room import LIMIT, MASTERS, SIXTEEN, Room, capturing, check_fits, check_parameter, dtype_name, master_dtype, names_of, own, take_exact, warn_edited, warn_overflow
 
-_SIXTEEN = (torch.float16, torch.bfloat16)
-_MASTERS = ("auto", "fp32", "fp64", "split16", "none")
-
-
-def master_dtype(mode, param, name):
-    """Dtype of the tensor that keeps `param` exact, or None; `mode` as the optimizer's `master`."""
-    if mode == "auto":
-        mode = "split16" if param.dtype in _SIXTEEN else "none"
-    if mode == "none" or param.dtype == torch.float64:
-        return None
-    if mode == "fp64":
-        return torch.float64
-    if param.dtype == torch.float32:
-        return None
-    if mode == "fp32":
-        return torch.float32
-    if mode == "split16":
-        return torch.int16
-    raise ValueError(f"master is {mode!r} for {name}; expected one of {', '.join(_MASTERS)}")
+from ._stats import Names
 
 
-class _Room:
-    """The tensors of one parameter group, in the order of its parameters."""
+def _groups(params):
+    """[group] with every iterable made a list, so that all of it can be checked before anything is kept."""
+    if isinstance(params, torch.Tensor):
+        raise TypeError(f"params is a tensor ({params.dtype}{list(params.shape)}); expected an iterable of tensors, (name, tensor) pairs or groups")
+    params = list(params)
+    if not params:
+        raise ValueError("optimizer got an empty parameter list")
+    groups = [dict(g) for g in params] if params and isinstance(params[0], dict) else [{"params": params}]
+    for group in groups:
+        members = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+        seen = {}
+        for member in members:  # a tied parameter is stepped once
+            seen.setdefault(id(member[1] if isinstance(member, tuple) else member), member)
+        group["params"] = list(seen.values())
+    return groups
 
-    def __init__(self, optimizer, group, index):
-        self.group, self.index = group, index
-        self.params = group["params"]
-        names = group.get("param_names")
-        self.names = list(names) if names else [f"group {index}, parameter {i}" for i in range(len(self.params))]
-        device = self.params[0].device if self.params else torch.device("cpu")
-        n = len(self.params)
-        self.steps = torch.zeros(n, dtype=torch.int64, device=device)
-        self.overflowed = torch.zeros(n, dtype=torch.int64, device=device)
-        self.reported = [0] * n
-        self.lr = torch.zeros((), dtype=torch.float64, device=device)
-        self.lr_value = None
-        self.masters, self.states = [], {key: [] for key in optimizer._state_names(group)}
-        for param, name in zip(self.params, self.names):
-            self._check(param, name)
-            dtype = master_dtype(group["master"], param, f"'{name}'")
-            wide = torch.float64 in (param.dtype, dtype)
-            self.masters.append(torch.empty(0, device=device) if dtype is None
-                                else torch.zeros_like(param, dtype=dtype, requires_grad=False))
-            for states in self.states.values():
-                states.append(torch.zeros_like(param, dtype=torch.float64 if wide else torch.float32, requires_grad=False))
-            if group["grad_dtype"] == "fp32" and param.dtype in _SIXTEEN:
-                param.grad_dtype = torch.float32
-        self._fill_masters()
-        self.remember()
 
-    def _check(self, param, name):
-        if not param.dtype.is_floating_point or param.element_size() < 2:
-            raise ValueError(f"'{name}' is {param.dtype}; expected float16, bfloat16, float32 or float64")
-        if param.numel() and not torch.ops.aten.is_non_overlapping_and_dense(param):
-            raise ValueError(f"'{name}' has strides {param.stride()} for shape {tuple(param.shape)}: its elements overlap or leave gaps")
-        if param.dtype in _SIXTEEN and param.device.type != "meta" and not torch.isfinite(param.detach()).all():
-            raise ValueError(f"'{name}' holds a non-finite value; a {param.dtype} weight must be below 65520 in magnitude")
+def _check_group(group, index, owned):
+    """Dtypes, devices and layouts of a group's parameters; `owned`: {id: name} of those in earlier groups."""
+    named = [m if isinstance(m, tuple) else (None, m) for m in group["params"]]
+    given = group.get("param_names") or [None] * len(named)
+    first = None
+    for i, ((own, param), other) in enumerate(zip(named, given)):
+        name = own or other or f"group {index}, parameter {i}"
+        if not isinstance(param, torch.Tensor):
+            raise TypeError(f"'{name}' is {type(param).__name__}; expected a tensor")
+        if id(param) in owned:
+            raise ValueError(f"'{name}' is in an earlier parameter group too, as '{owned[id(param)]}'")
+        first = (param, name) if first is None else first
+        check_parameter(param, name, *first)
+        owned[id(param)] = name
 
-    @torch.no_grad()
-    def _fill_masters(self):
-        """Masters start at what cast_model kept of the FP32 weights, else at the weights."""
-        values = []
-        for param in self.params:
-            exact = getattr(param, "_halfstep_exact", None)
-            if exact is not None:
-                del param._halfstep_exact
-                rounded = exact.to(param.dtype)
-                exact = torch.where(rounded.to(param.device) == param.detach(), exact.to(param.device), param.detach().to(exact.dtype))
-            values.append(param.detach() if exact is None else exact)
-        if self.params:
-            H.write_masters_(values, [p.detach() for p in self.params], self.masters, torch.zeros_like(self.overflowed))
 
-    def remember(self):
-        self.seen = [(p._version, p.data_ptr()) for p in self.params]
+def _check_lr(lr):
+    if isinstance(lr, torch.Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of shape {list(lr.shape)}; expected one element")
+    elif not lr >= 0:
+        raise ValueError(f"lr is {lr}; expected a number >= 0")
 
-    def grads(self):
-        grads = []
-        for param, name in zip(self.params, self.names):
-            grad = param.grad
-            if grad is not None and grad.is_sparse:
-                raise RuntimeError(f"'{name}' has a sparse gradient; this optimizer supports dense gradients only")
-            grads.append(grad)
-        return grads
 
-    def device_lr(self):
-        lr = self.group["lr"]
-        if isinstance(lr, torch.Tensor):
-            self.lr.copy_(lr)
-        elif lr != self.lr_value:
-            self.lr.fill_(float(lr))
-            self.lr_value = lr
-        return self.lr
-
-    def edited(self):
-        """Indices of parameters whose data changed since our last step."""
-        return [i for i, (p, seen) in enumerate(zip(self.params, self.seen))
-                if self.masters[i].numel() and (p._version, p.data_ptr()) != seen]
-
-    @torch.no_grad()
-    def refresh(self, indices, dry_run=False):
-        """Names and counts of weights that their masters do not round to; unless `dry_run`, masters follow."""
-        indices = [i for i in indices if self.masters[i].numel()]
-        if not indices:
-            return []
-        changed = torch.zeros(len(indices), dtype=torch.int64, device=self.steps.device)
-        H.refresh_masters_([self.params[i].detach() for i in indices], [self.masters[i] for i in indices], changed, dry_run)
-        return [(self.names[i], count, self.params[i].numel()) for i, count in zip(indices, changed.tolist()) if count]
-
-    def follow_move(self):
-        """States follow parameters that were moved to another device; a changed dtype is refused."""
-        for i, param in enumerate(self.params):
-            if self.masters[i].numel() and self.masters[i].device != param.device or self.steps.device != param.device:
-                move = lambda t: t.to(param.device)
-                self.steps, self.overflowed, self.lr = move(self.steps), move(self.overflowed), move(self.lr)
-                self.masters = [move(t) for t in self.masters]
-                self.states = {k: [move(t) for t in v] for k, v in self.states.items()}
-                return
+def narrow(optimizer):
+    """Parameters whose gradient unscale_ made FP32 get the next one in their own dtype again."""
+    for param in optimizer._widened:
+        grad, param.grad = param.grad, None
+        param.grad_dtype = param.dtype
+        param.grad = None if grad is None else grad.to(param.dtype)
+    optimizer._widened = []
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Base of the optimizers: masters, skips, clipping, checkpoints. `kind` subclasses give the op."""
+    """Base of the optimizers: masters, skips, clipping, checkpoints. Subclasses give the op and its states."""
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves unscaling and skipping to us
 
-    def __init__(self, params, defaults, *, master, max_grad_norm, grad_dtype, skip_nonfinite):
-        if master not in _MASTERS:
-            raise ValueError(f"master is {master!r}; expected one of {', '.join(_MASTERS)}")
-        if grad_dtype not in ("param", "fp32"):
-            raise ValueError(f"grad_dtype is {grad_dtype!r}; expected 'param' or 'fp32'")
+    def __init__(self, params, defaults, *, max_grad_norm, skip_nonfinite):
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; expected a number >= 0 or None")
-        if not isinstance(defaults["lr"], torch.Tensor) and not defaults["lr"] >= 0:
-            raise ValueError(f"lr is {defaults['lr']}; expected a number >= 0")
-        if not defaults["weight_decay"] >= 0:
-            raise ValueError(f"weight_decay is {defaults['weight_decay']}; expected a number >= 0")
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
-        self._rooms, self._control, self._stats = [], None, []
-        self.steps_skipped = 0
-        super().__init__(params, dict(defaults, master=master, grad_dtype=grad_dtype))
+        self._rooms, self._control = [], None
+        self._handed, self._pending_clip, self._skipped, self._widened = None, None, None, []
+        self._check_options(defaults)
+        groups, owned = _groups(params), {}
+        for index, group in enumerate(groups):
+            self._check_options({**defaults, **group})
+            _check_group(group, index, owned)
+        self._checked = True
+        super().__init__(groups, defaults)
+        self._checked = False
+
+    def _check_options(self, options):
+        """Refuses an option by name and value; subclasses add theirs."""
+        if options["master"] not in MASTERS:
+            raise ValueError(f"master is {options['master']!r}; expected one of {', '.join(MASTERS)}")
+        if options["grad_dtype"] not in ("param", "fp32"):
+            raise ValueError(f"grad_dtype is {options['grad_dtype']!r}; expected 'param' or 'fp32'")
+        _check_lr(options["lr"])
+        if not options["weight_decay"] >= 0:
+            raise ValueError(f"weight_decay is {options['weight_decay']}; expected a number >= 0")
 
     def add_param_group(self, param_group):
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("add_param_group inside a captured graph")
-        if isinstance(param_group.get("lr"), torch.Tensor):
-            param_group["lr"] = param_group["lr"].clone()
-        elif "lr" not in param_group and isinstance(self.defaults["lr"], torch.Tensor):
-            param_group["lr"] = self.defaults["lr"].clone()
+        """Adds a group between steps; it is checked whole before anything is kept."""
+        if capturing():
+            raise RuntimeError("add_param_group inside a captured graph; do it between steps, outside the capture")
+        if not self._checked:
+            param_group = _groups([param_group])[0]
+            self._check_options({**self.defaults, **param_group})
+            _check_group(param_group, len(self.param_groups), {id(p): name for room in self._rooms for p, name in zip(room.params, room.names)})
+        lr = param_group.get("lr", self.defaults["lr"])
+        if isinstance(lr, torch.Tensor):
+            param_group["lr"] = lr.clone()  # each group's own; schedulers then write into it
         super().add_param_group(param_group)
-        try:
-            room = _Room(self, self.param_groups[-1], len(self.param_groups) - 1)
-        except Exception:
-            self.param_groups.pop()
-            raise
+        room = Room(self.param_groups[-1], len(self.param_groups) - 1, self._state_names(self.param_groups[-1]))
         self._rooms.append(room)
+        room.publish(self.state)
         for param in room.params:
-            param._halfstep_optimizer = weakref.ref(self)
-        self._publish(room)
-
-    def _publish(self, room):
-        """self.state shows the very tensors that the ops update."""
-        for i, param in enumerate(room.params):
-            state = {"step": room.steps[i]}
-            state.update({key: tensors[i] for key, tensors in room.states.items()})
-            if room.masters[i].numel():
-                state["master"] = room.masters[i]
-            self.state[param] = state
+            own(param, self)
 
     # -- the step --------------------------------------------------------------------------------
     @torch.no_grad()
@@ -183,87 +119,139 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # torch.amp.GradScaler leaves these two here for optimizers with _step_supports_amp_scaling.
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self._step_with(scale, None if found_inf is None else found_inf.reshape(()).float())
+        if self._handed is not None:  # by our scaler, which calls step() so that hooks and wrappers of it run
+            handed, self._handed = self._handed, None
+            self._step_with(*handed)
+        else:
+            # torch.amp.GradScaler leaves these two here for optimizers with _step_supports_amp_scaling.
+            scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            self._step_with(None if scale is None else scale.reshape(()).float(), None if found_inf is None else found_inf.reshape(()).float())
         return loss
+
+    def zero_grad(self, set_to_none=True):
+        """torch's; and gradients that unscale_ made FP32 come back in the parameter's dtype."""
+        super().zero_grad(set_to_none)
+        self._pending_clip = None
+        narrow(self)
+
+    def __getstate__(self):
+        own = ("max_grad_norm", "skip_nonfinite", "_rooms", "_skipped")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._handed, self._pending_clip, self._widened, self._control, self._checked = None, None, [], None, False
+        for room in self._rooms:
+            room.publish(self.state)
+
+    def _gather(self):
+        """[(room, gradients)] of every group that has one."""
+        gathered = []
+        for room in self._rooms:
+            frozen = room.frozen
+            grads = room.gather()
+            if room.frozen is not frozen:
+                room.publish(self.state)
+            if grads is not None:
+                gathered.append((room, grads))
+        return gathered
 
     @torch.no_grad()
     def _gather_stats(self):
-        """grad_stats of every group that has a gradient, as (room, stats)."""
+        """grad_stats of every group that has a gradient, as (room, stats, gradients)."""
         stats = []
-        for room in self._rooms:
-            grads = room.grads()
-            if any(g is not None for g in grads):
-                stats.append((room, H.grad_stats(grads, [])))
+        for room, grads in self._gather():
+            try:
+                stats.append((room, H.grad_stats(grads, room.table("grad_stats")), grads))
+            except RuntimeError:
+                room.refuse_sparse(grads)
+                raise
         return stats
 
     @torch.no_grad()
-    def _step_with(self, scale=None, found_inf=None, clip=None, stats=None):
+    def _step_with(self, scale=None, found_inf=None, stats=None):
+        clip, self._pending_clip = self._pending_clip, None
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            for room in self._rooms:
-                room.follow_move()
             self._follow_edits()
         judged = scale is not None or found_inf is not None
         needs_stats = judged or self.max_grad_norm is not None or self.skip_nonfinite
-        if stats is None:
-            stats = self._gather_stats() if needs_stats else []
-        control = None
-        if stats or found_inf is not None or clip is not None or scale is not None:
-            device = stats[0][1].device if stats else (found_inf if found_inf is not None else clip if clip is not None else scale).device
-            to = lambda t: None if t is None else t.to(device, non_blocking=True)
-            control = H.step_control([to(s) for _, s in stats], to(scale), to(found_inf), to(clip),
-                                     -1.0 if self.max_grad_norm is None else float(self.max_grad_norm))
-            if not judged and not self.skip_nonfinite:
-                control[0] = 0.0
-        for room in self._rooms:
-            grads = room.grads()
-            if all(g is None for g in grads):
-                continue
-            self._apply(room, grads, None if control is None else control.to(room.steps.device, non_blocking=True))
-        self._control, self._stats = control, stats
+        if stats is None and needs_stats:
+            stats = self._gather_stats()
+        work = self._gather() if stats is None else [(room, grads) for room, _, grads in stats]
+        if not needs_stats:
+            for room, grads in work:
+                room.refuse_sparse(grads)
+        if not compiling and capturing():
+            for room, grads in work:
+                room.check_capture(grads)
+        control = self._make_control(scale, found_inf, clip, [s for _, s, _ in stats or []])
+        if control is not None and not judged and not self.skip_nonfinite:
+            control[0] = 0.0
+        rates = [room.device_lr() for room, _ in work]
+        for (room, grads), lr in zip(work, rates):
+            self._apply(room, grads, lr, None if control is None else control.to(room.steps.device, non_blocking=True))
         if not compiling:
-            for room in self._rooms:
-                room.remember()
+            self._control = control
+            for room, grads in work:
+                room.stepped(grads)
             torch.clear_autocast_cache()
-            self._report(judged)
+            self._count_skip(judged)
+            self.report_overflow()
 
-    def _report(self, judged):
-        if self._control is not None and self._control.device.type == "cpu" and not judged:
-            self.steps_skipped += int(self._control[0] != 0)
+    def _make_control(self, scale, found_inf, clip, stats):
+        inputs = [t for t in (*stats[:1], found_inf, clip, scale) if t is not None]
+        if not inputs:
+            return None
+        to = lambda t: None if t is None else t.to(inputs[0].device, non_blocking=True)
+        return H.step_control([to(s) for s in stats], to(scale), to(found_inf), to(clip), -1.0 if self.max_grad_norm is None else float(self.max_grad_norm))
+
+    def _count_skip(self, judged):
+        if self._control is not None and not judged:
+            self._skipped = self._control[0].clone() if self._skipped is None else self._skipped.add_(self._control[0].to(self._skipped.device, non_blocking=True))
+
+    @property
+    def steps_skipped(self):
+        """Steps without a scaler that a non-finite gradient skipped. Reads device memory."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def report_overflow(self, wait=False):
+        """Warns of weights that were kept from leaving the 16-bit range. A GPU is read only with `wait`."""
         for room in self._rooms:
-            if room.overflowed.device.type == "cpu":
-                self.overflow_report(room)
+            if wait or room.overflowed.device.type == "cpu":
+                for i, elements in room.newly_overflowed():
+                    warn_overflow(room.names[i], room.params[i].dtype, elements, int(room.steps[i]))
 
-    def overflow_report(self, room):
-        """Warns of weights that were kept from leaving the 16-bit range. Reads device memory."""
-        for i, count in enumerate(room.overflowed.tolist()):
-            if count > room.reported[i]:
-                kind = {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(room.params[i].dtype, str(room.params[i].dtype))
-                elements = count - room.reported[i]
-                warnings.warn(f"'{room.names[i]}' would leave {kind} range ({elements} element{'s' if elements > 1 else ''}, "
-                              f"step {int(room.steps[i])}): keep it in FP32 or lower lr", stacklevel=5)
-                room.reported[i] = count
-
-    def _follow_edits(self):
+    def _remember(self):
         for room in self._rooms:
-            changed = room.refresh(room.edited())
-            if changed:
-                text = ", ".join(f"'{name}' ({count} of {total} elements)" for name, count, total in changed[:5])
-                warnings.warn(f"weights changed since the last step; their masters follow: {text}", stacklevel=5)
+            room.remember()
+
+    def _overflow_total(self):
+        return [room.overflowed.sum() for room in self._rooms]
+
+    def _follow_edits(self, report=True):
+        names = []
+        for room in self._rooms:
+            if room.changed():
+                edited, replaced = room.catch_up()
+                names += edited
+                if replaced:
+                    room.publish(self.state)
+        if names and report:
+            warn_edited(names)
 
     # -- masters ---------------------------------------------------------------------------------
     @torch.no_grad()
     def master_params(self):
         """Copies of the exact weights, FP32 (FP64 where the weight or its master is), in the order of the parameters."""
         self._follow_edits()
-        return [m for room in self._rooms for m in (H.read_masters([p.detach() for p in room.params], room.masters) if room.params else [])]
+        return [m for room in self._rooms for m in (H.read_masters(room.raw, room.masters) if room.params else [])]
 
     @torch.no_grad()
     def set_master_params(self, values):
         """Sets weights and masters exactly. Refuses values that do not fit before anything is written."""
         values = list(values)
+        self._follow_edits()
         params = [(room, i) for room in self._rooms for i in range(len(room.params))]
         if len(values) != len(params):
             raise ValueError(f"set_master_params: values has {len(values)} entries but the optimizer has {len(params)} parameters")
@@ -274,12 +262,14 @@ class Optimizer(torch.optim.Optimizer):
             n = len(room.params)
             if n:
                 H.write_masters_([v.to(room.params[i].device) for i, v in enumerate(values[start:start + n])],
-                                 [p.detach() for p in room.params], room.masters, torch.zeros_like(room.overflowed))
+                                 room.raw, room.masters, torch.zeros_like(room.overflowed))
             start += n
             room.remember()
 
+    @torch.no_grad()
     def refresh_masters(self):
         """Makes masters follow weights that were edited through .data. Returns {name: elements changed}."""
+        self._follow_edits()
         found = {}
         for room in self._rooms:
             found.update({name: count for name, count, _ in room.refresh(range(len(room.params)))})
@@ -315,23 +305,19 @@ class Optimizer(torch.optim.Optimizer):
             hook(self)
 
     def __repr__(self):
-        text = super().__repr__()
-        modes = sorted({f"{p.dtype}".removeprefix("torch.") + " weights, " + (
-            "no master" if not m.numel() else {torch.int16: "split16", torch.float32: "fp32", torch.float64: "fp64"}[m.dtype] + " masters")
-            for room in self._rooms for p, m in zip(room.params, room.masters)})
-        return text + f"\n# halfstep: {'; '.join(modes) or 'no parameters'}"
+        judged = self.skip_nonfinite or self.max_grad_norm is not None
+        modes = []
+        for room in self._rooms:
+            for i, (param, master) in enumerate(zip(room.params, room.masters)):
+                states = [tensors[i].dtype for tensors in room.states.values()]
+                kind = master.dtype if master.numel() or not param.numel() and master_dtype(room.group["master"], param) else None
+                modes.append((None if i in room.frozen else mode(param, kind, states, room.group["grad_dtype"], judged), param.numel()))
+        return f"{super().__repr__()}\n{describe(modes)}"
 
 
-def check_fits(value, param, name):
-    """Refuses a value whose weight would be infinite in the parameter's dtype."""
-    if tuple(value.shape) != tuple(param.shape):
-        raise ValueError(f"'{name}' is {list(param.shape)} but the value is {list(value.shape)}")
-    limit = {torch.float16: 65520.0, torch.bfloat16: 3.3961775292304957e38}.get(param.dtype)
-    if limit is not None:
-        beyond = int((value.detach().abs() >= limit).sum())
-        if beyond:
-            largest = float(value.detach().abs().max())
-            raise ValueError(f"'{name}' does not fit {param.dtype}: {beyond} of {value.numel()} elements are at or beyond {limit:g} (largest {largest:g}); keep it in FP32")
+def _refuse_differentiable(differentiable):
+    if differentiable:
+        raise ValueError("differentiable=True is not supported: the update is one op without a derivative")
 
 
 class _AdamBase(Optimizer):
@@ -340,23 +326,27 @@ class _AdamBase(Optimizer):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, *, maximize=False,
                  foreach=None, capturable=False, differentiable=False, fused=None,
                  master="auto", grad_dtype="param", max_grad_norm=None, skip_nonfinite=True):
-        if differentiable:
-            raise ValueError("differentiable=True is not supported: the update is one op without a derivative")
-        for i, beta in enumerate(betas):
+        _refuse_differentiable(differentiable)
+        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, master=master, grad_dtype=grad_dtype)
+        super().__init__(params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
+
+    def _check_options(self, options):
+        super()._check_options(options)
+        if len(options["betas"]) != 2:
+            raise ValueError(f"betas is {options['betas']}; expected two numbers")
+        for i, beta in enumerate(options["betas"]):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{i}] is {beta}; expected 0 <= beta < 1")
-        if not eps >= 0:
-            raise ValueError(f"eps is {eps}; expected a number >= 0")
-        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize)
-        super().__init__(params, defaults, master=master, max_grad_norm=max_grad_norm, grad_dtype=grad_dtype, skip_nonfinite=skip_nonfinite)
+        if not options["eps"] >= 0:
+            raise ValueError(f"eps is {options['eps']}; expected a number >= 0")
 
     def _state_names(self, group):
         return ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
 
-    def _apply(self, room, grads, control):
+    def _apply(self, room, grads, lr, control):
         g, s = room.group, room.states
-        type(self)._op([p.detach() for p in room.params], grads, room.masters, s["exp_avg"], s["exp_avg_sq"], s.get("max_exp_avg_sq", []),
-                       room.steps, room.overflowed, room.device_lr(), control, [], beta1=g["betas"][0], beta2=g["betas"][1],
+        type(self)._op(room.raw, grads, room.masters, s["exp_avg"], s["exp_avg_sq"], s.get("max_exp_avg_sq", []),
+                       room.steps, room.overflowed, lr, control, room.table("step"), beta1=g["betas"][0], beta2=g["betas"][1],
                        eps=g["eps"], weight_decay=g["weight_decay"], amsgrad=g["amsgrad"], maximize=g["maximize"])
 
 
@@ -388,96 +378,317 @@ class SGD(Optimizer):
     """torch.optim.SGD's rule (momentum, dampening, nesterov, L2 weight decay) on exact masters."""
 
     def __init__(self, params, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, *, maximize=False,
-                 foreach=None, differentiable=False, fused=None,
+                 foreach=None, capturable=False, differentiable=False, fused=None,
                  master="auto", grad_dtype="param", max_grad_norm=None, skip_nonfinite=True):
-        if differentiable:
-            raise ValueError("differentiable=True is not supported: the update is one op without a derivative")
-        if momentum < 0:
+        _refuse_differentiable(differentiable)
+        defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
+                        master=master, grad_dtype=grad_dtype)
+        super().__init__(params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
+
+    def _check_options(self, options):
+        super()._check_options(options)
+        momentum, dampening = options["momentum"], options["dampening"]
+        if not momentum >= 0:
             raise ValueError(f"momentum is {momentum}; expected a number >= 0")
-        if nesterov and (momentum <= 0 or dampening != 0):
+        if options["nesterov"] and (momentum <= 0 or dampening != 0):
             raise ValueError(f"nesterov needs momentum > 0 and dampening 0; momentum is {momentum}, dampening is {dampening}")
-        defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
-        super().__init__(params, defaults, master=master, max_grad_norm=max_grad_norm, grad_dtype=grad_dtype, skip_nonfinite=skip_nonfinite)
 
     def _state_names(self, group):
         return ["momentum_buffer"] if group["momentum"] != 0 else []
 
-    def _apply(self, room, grads, control):
+    def _apply(self, room, grads, lr, control):
         g = room.group
-        H.sgd_step_([p.detach() for p in room.params], grads, room.masters, room.states.get("momentum_buffer", []), room.steps,
-                    room.overflowed, room.device_lr(), control, [], momentum=g["momentum"], dampening=g["dampening"],
+        H.sgd_step_(room.raw, grads, room.masters, room.states.get("momentum_buffer", []), room.steps,
+                    room.overflowed, lr, control, room.table("step"), momentum=g["momentum"], dampening=g["dampening"],
                     weight_decay=g["weight_decay"], nesterov=g["nesterov"], maximize=g["maximize"])
+
+
+class Snapshot:
+    """Weights and state of an optimizer before a step that evaluates its closure several times, to take the step back."""
+
+    def __init__(self, optimizer, weights):
+        self.optimizer, self.weights = optimizer, [(w, w.detach().clone()) for w in weights]
+        self.state = {param: copy.deepcopy(state) for param, state in optimizer.state.items()}
+
+    @torch.no_grad()
+    def restore(self):
+        for weight, value in self.weights:
+            weight.copy_(value)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(self.state)
+
+
+class Overflow(Exception):
+    """A later evaluation of a closure gave a non-finite gradient."""
+
+
+def evaluates_again(optimizer):
+    """Whether its step may call the closure more than once: it demands one (LBFGS), or it is not torch's."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return not type(optimizer).__module__.startswith("torch.optim.") or closure is None or closure.default is inspect.Parameter.empty
+
+
+def _is_state(value, param):
+    return isinstance(value, torch.Tensor) and value.shape == param.shape and value.dim() > 0
 
 
 class Masters(torch.optim.Optimizer):
     """Any other optimizer on exact masters: Masters(torch.optim.RMSprop, params, lr=1e-3).
 
     The inner optimizer steps on FP32 (or FP64) copies; gradients are unscaled into them and the weights are rounded
-    from them. A bad step costs one synchronisation, since a stock optimizer cannot be skipped on the device.
+    from them. Its groups and ours show the same numbers, whichever of the two a scheduler writes. A step costs one
+    synchronisation, since a stock optimizer cannot be skipped on the device. Where a closure is evaluated several times
+    (LBFGS), a non-finite gradient in any evaluation takes the whole step back.
     """
 
     _step_supports_amp_scaling = True
+    max_grad_norm = None
 
     def __init__(self, optimizer_class, params, master="fp32", **kw):
         if master not in ("fp32", "fp64"):
             raise ValueError(f"master is {master!r}; expected 'fp32' or 'fp64'")
-        dtype = torch.float32 if master == "fp32" else torch.float64
-        super().__init__(params, dict(kw))
-        self._pairs, groups = [], []
-        for group in self.param_groups:
-            copies = []
-            for param in group["params"]:
-                exact = getattr(param, "_halfstep_exact", None)
-                value = param.detach() if exact is None else exact.to(param.device)
-                copy = torch.nn.Parameter(value.to(dtype, copy=True)) if param.dtype != torch.float64 else torch.nn.Parameter(value.clone())
-                copies.append(copy)
-                self._pairs.append((param, copy))
-            groups.append({**{k: v for k, v in group.items() if k not in ("params", "param_names")}, "params": copies})
-        self.inner = optimizer_class(groups, **kw)
-        for group, inner in zip(self.param_groups, self.inner.param_groups):
-            group.update({k: v for k, v in inner.items() if k != "params"})
-        self._control, self._stats, self._rooms = None, [], []
-        self.max_grad_norm = None
+        self._dtype = torch.float32 if master == "fp32" else torch.float64
+        self.inner, self._pairs, self._names, self._synced = None, [], [], []
+        self._control, self._handed, self._pending_clip, self._widened = None, None, None, []
+        self._rooms, self.steps_skipped, self._steps = [], 0, 0
+        groups, owned = _groups(params), {}
+        for index, group in enumerate(groups):
+            _check_group(group, index, owned)
+        super().__init__(groups, dict(kw))
+        copies = [self._copies(group) for group in self.param_groups]
+        self.inner = optimizer_class([self._inner_group(g, c) for g, c in zip(self.param_groups, copies)], **kw)
+        for index, (group, inner, made) in enumerate(zip(self.param_groups, self.inner.param_groups, copies)):
+            self._adopt(index, group, inner, made)
 
     @torch.no_grad()
+    def _copies(self, group):
+        made = []
+        for param in group["params"]:
+            exact = getattr(param, "_halfstep_exact", None)
+            if exact is not None:
+                exact = torch.where(exact.to(param.device, param.dtype) == param, exact.to(param.device), param.to(exact.dtype))
+            value = param.detach() if exact is None else exact
+            made.append(torch.nn.Parameter(value.to(torch.float64 if param.dtype == torch.float64 else self._dtype, copy=True), requires_grad=param.requires_grad))
+        return made
+
+    @staticmethod
+    def _inner_group(group, copies):
+        return {**{k: v for k, v in group.items() if k not in ("params", "param_names")}, "params": copies}
+
+    def _adopt(self, index, group, inner, copies):
+        """A group is complete: its pairs, names and numbers are ours from here on."""
+        group.update({k: v for k, v in inner.items() if k not in ("params", "param_names")})
+        self._synced.append({k: v for k, v in inner.items() if k not in ("params", "param_names")})
+        self._pairs += zip(group["params"], copies)
+        self._names += names_of(group, index)
+        for param in group["params"]:
+            take_exact(param)
+            own(param, self)
+        self.overflowed = [0] * len(self._pairs)
+        self._remember()
+
+    def add_param_group(self, param_group):
+        """Adds a group between steps, here and to the inner optimizer."""
+        if self.inner is None:  # during construction
+            return super().add_param_group(param_group)
+        if capturing():
+            raise RuntimeError("add_param_group inside a captured graph; do it between steps, outside the capture")
+        param_group = _groups([param_group])[0]
+        _check_group(param_group, len(self.param_groups), {id(p): name for (p, _), name in zip(self._pairs, self._names)})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        copies, overflowed = self._copies(group), self.overflowed
+        try:
+            self.inner.add_param_group(self._inner_group(group, copies))
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._adopt(len(self.param_groups) - 1, group, self.inner.param_groups[-1], copies)
+        self.overflowed[: len(overflowed)] = overflowed
+
+    def zero_grad(self, set_to_none=True):
+        """torch's; and gradients that unscale_ made FP32 come back in the parameter's dtype."""
+        super().zero_grad(set_to_none)
+        self._pending_clip = None
+        narrow(self)
+
+    # -- what changed since the last step ----------------------------------------------------------
+    def _remember(self):
+        self._seen = [(p._version, p.data_ptr()) for p, _ in self._pairs]
+
+    @torch.no_grad()
+    def _follow_edits(self):
+        edited = []
+        for i, (param, master) in enumerate(self._pairs):
+            if (param._version, param.data_ptr()) != self._seen[i] and self._follow(i, param, master):
+                edited.append(self._names[i])
+        self._remember()
+        if edited:
+            warn_edited(edited)
+
+    def _follow(self, i, param, master):
+        """The master goes where its weight went and takes its edited elements; returns how many there were."""
+        if param.shape != master.shape or not param.is_floating_point():
+            raise RuntimeError(f"'{self._names[i]}' is {dtype_name(param.dtype)}{list(param.shape)} but its master is {list(master.shape)}; convert the model first, then make the optimizer")
+        if param.device != master.device:
+            master.data = master.data.to(param.device)
+            state = self.inner.state[master]
+            state.update({k: v.to(param.device) for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim() > 0})
+        differs = (master.to(param.dtype) != param) & ~(master.isnan() & param.isnan())
+        count = int(differs.sum())
+        if count:
+            master.copy_(torch.where(differs, param.to(master.dtype), master))
+        return count
+
+    def _sync_groups(self):
+        """Whichever of the two groups was written since the last step gives the number to the other."""
+        other = lambda a, b: a is not b if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor) else a != b
+        for group, inner, last in zip(self.param_groups, self.inner.param_groups, self._synced):
+            for key in [k for k in inner if k not in ("params", "param_names")]:
+                if key in group and other(group[key], last.get(key)):
+                    inner[key] = group[key]
+                group[key] = last[key] = inner[key]
+
+    # -- the step ----------------------------------------------------------------------------------
+    @torch.no_grad()
     def _gather_stats(self):
-        grads = [p.grad for p, _ in self._pairs]
-        return [(None, H.grad_stats(grads, []))] if any(g is not None for g in grads) else []
+        """grad_stats of the gradients there are, one table a device, as (names, stats, None)."""
+        devices = {}
+        for (param, _), name in zip(self._pairs, self._names):
+            grad = param.grad
+            if grad is not None:
+                grads, names = devices.setdefault(grad.device, ([], []))
+                grads.append(grad.coalesce()._values() if grad.is_sparse else grad)
+                names.append(name)
+        return [(Names(names), H.grad_stats(grads, []), None) for grads, names in devices.values()]
 
     @torch.no_grad()
     def step(self, closure=None):
+        """One update. Returns the closure's loss, or None."""
+        if self._handed is not None:  # by our scaler, which has evaluated the closure once
+            handed, self._handed = self._handed, None
+            self._step_with(*handed)
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self._step_with(scale, None if found_inf is None else found_inf.reshape(()).float())
+        self._step_with(None if scale is None else scale.reshape(()).float(), None if found_inf is None else found_inf.reshape(()).float(), None, loss, closure)
         return loss
 
     @torch.no_grad()
-    def _step_with(self, scale=None, found_inf=None, clip=None, stats=None):
+    def _step_with(self, scale=None, found_inf=None, stats=None, loss=None, closure=None):
+        clip, self._pending_clip = self._pending_clip, None
+        self._follow_edits()
         stats = self._gather_stats() if stats is None else stats
         if not stats:
             return
-        self._control, self._stats = H.step_control([s for _, s in stats], scale, found_inf, clip, -1.0), stats
-        if self._control[0] != 0:
+        self._control = self._make_control(scale, found_inf, clip, [table for _, table, _ in stats])
+        bad, factor, _, clipped = self._control.tolist()
+        if bad:
+            self.steps_skipped += scale is None and found_inf is None
             return
-        for group, inner in zip(self.param_groups, self.inner.param_groups):
-            inner.update({k: v for k, v in group.items() if k not in ("params", "param_names")})
-        factor = float(self._control[1])
-        for param, copy in self._pairs:
-            if not torch.equal(copy.detach().to(param.dtype), param.detach()):
-                copy.data.copy_(param.detach())  # the weight was edited
-            copy.grad = None if param.grad is None else param.grad.to(copy.dtype).mul_(factor)
-        self.inner.step()
-        for param, copy in self._pairs:
-            if param.grad is not None:
-                check_fits(copy, param, "parameter")
-                param.copy_(copy)
+        self._sync_groups()
+        before = Snapshot(self.inner, [w for pair in self._pairs for w in pair]) if closure is not None and evaluates_again(self.inner) else None
+        self._load_grads(factor)
+        try:
+            self.inner.step() if closure is None else self.inner.step(self._again(loss, closure, scale, clipped))
+            self._steps += 1
+            self._write_weights()
+        except Overflow:
+            if before is None:
+                raise RuntimeError(f"{type(self.inner).__name__} evaluated its closure again and the gradients were not finite") from None
+            before.restore()
+            self._control[0] = 1.0
+        finally:
+            for _, master in self._pairs:
+                master.grad = None
+        self._remember()
         torch.clear_autocast_cache()
 
+    def _make_control(self, scale, found_inf, clip, stats):
+        device = stats[0].device
+        to = lambda t: None if t is None else t.to(device, non_blocking=True)
+        return H.step_control([to(table) for table in stats], to(scale), to(found_inf), to(clip), -1.0)
+
+    def _load_grads(self, factor):
+        for param, master in self._pairs:
+            master.grad = None if param.grad is None else param.grad.to(master.dtype, copy=True).mul_(factor)
+
+    def _again(self, loss, closure, scale, clipped):
+        """The closure as the inner optimizer sees it: masters in, exact gradients out. Its first value is known."""
+        first = True
+
+        def evaluate():
+            nonlocal first
+            if first:
+                first = False
+                return loss
+            with torch.no_grad():
+                self._write_weights()
+            with torch.enable_grad():
+                value = closure()
+            bad, factor, _, _ = self._make_control(scale, None, None, [table for _, table, _ in self._gather_stats()]).tolist()
+            if bad:
+                raise Overflow
+            with torch.no_grad():
+                self._load_grads(factor * clipped)
+            return value
+
+        return evaluate
+
+    def _write_weights(self):
+        """Weights are rounded once from their masters; an element that would leave the 16-bit range keeps its weight."""
+        for i, (param, master) in enumerate(self._pairs):
+            if param.grad is None:
+                continue
+            if param.dtype not in SIXTEEN:
+                param.copy_(master)
+                continue
+            beyond = master.abs() >= LIMIT[param.dtype]
+            count = int(beyond.sum())
+            if count:
+                master.copy_(torch.where(beyond, param.to(master.dtype), master))
+                self.overflowed[i] += count
+                warn_overflow(self._names[i], param.dtype, count, self._steps)
+            weight = param.detach()
+            H.write_masters_([master.detach()], [weight], [master.detach()], torch.zeros(1, dtype=torch.int64, device=param.device))
+            torch.autograd.graph.increment_version(weight)
+
+    def _overflow_total(self):
+        return [torch.tensor(float(sum(self.overflowed)))]
+
+    def refresh_masters(self):
+        """Makes masters follow weights that were edited through .data. Returns {name: elements changed}."""
+        with torch.no_grad():
+            found = {name: self._follow(i, *pair) for i, (pair, name) in enumerate(zip(self._pairs, self._names))}
+        self._remember()
+        return {name: count for name, count in found.items() if count}
+
+    @torch.no_grad()
+    def set_master_params(self, values):
+        """Sets weights and masters exactly. Refuses values that do not fit before anything is written."""
+        values = list(values)
+        if len(values) != len(self._pairs):
+            raise ValueError(f"set_master_params: values has {len(values)} entries but the optimizer has {len(self._pairs)} parameters")
+        for value, (param, _), name in zip(values, self._pairs, self._names):
+            check_fits(value, param, name)
+        for value, (param, master) in zip(values, self._pairs):
+            master.copy_(value)
+            param.copy_(master)
+        self._remember()
+
+    def __repr__(self):
+        modes = [(mode(param, master.dtype if master.dtype != param.dtype else None, [v.dtype for v in self.inner.state.get(master, {}).values() if _is_state(v, master)],
+                       "param", True), param.numel()) for param, master in self._pairs]
+        return f"Masters of {self.inner!r}\n{describe(modes)}"
+
+    @torch.no_grad()
     def master_params(self):
-        return [copy.detach().clone() for _, copy in self._pairs]
+        """Copies of the exact weights, in the order of the parameters."""
+        self._follow_edits()
+        return [master.detach().clone() for _, master in self._pairs]
 
     def state_dict(self):
         """The inner optimizer's state dict plus `master`."""

@@ -69,6 +69,15 @@ def test_layouts_missing_and_empty():
     assert H.grad_stats([unaligned], [])[0, 2] == unaligned.abs().max()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_values_of_a_sparse_gradient(dtype):
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 3, 3]]), torch.tensor([[1.0, 2.0], [0.0, 2.0], [4.0, 0.0]]).to(dtype), (5, 2)).coalesce()
+    row = H.grad_stats([sparse._values()], [])[0].tolist()
+    assert row[:6] == [0, 1 + 4 + 16 + 4, 4, 0, 0, 4]
+    with pytest.raises(RuntimeError, match=r"grad_stats: grads\[0\] is sparse or of another layout"):
+        H.grad_stats([sparse], [])
+
+
 def test_norm_of_many_blocks_is_accurate():
     x = torch.full((3_000_000,), 1e-3, dtype=torch.float16)
     assert H.grad_stats([x], [])[0, 1].item() == pytest.approx(float(x[0]) ** 2 * 3_000_000, rel=64 * 2.0**-24)  # FP32 for 64 terms, then FP64
