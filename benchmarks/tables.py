@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from benchmarks/results/cpu.json, between the `<!-- table: … -->` markers."""
+"""Writes the tables of README.md and docs/ from benchmarks/results/cpu.json, between `<!-- table: name -->` and `<!-- end -->`."""
 
 import json
 import re
@@ -23,11 +23,30 @@ def step(result):
     return "\n".join(lines)
 
 
+def modes(result):
+    lines = [f"20 M parameters in 4 tensors, every mode stepped in turn in one process; {result['device']}; torch {result['versions']['torch']}, {result['date']}.", "",
+             "| mode | held | moved | time | relative |", "| --- | --- | --- | --- | --- |"]
+    for r in result["rows"]:
+        held, moved = (f"{r[k]} bytes" if r[k] is not None else "–" for k in ("held", "moved"))
+        lines.append(f"| {r['mode']} | {held} | {moved} | {r['ms']:.1f} ms | {r['relative']:.2f} |")
+    return "\n".join(lines)
+
+
+TABLES = {"step": step, "modes": modes}
+
+
 def main():
     results = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
-    readme = ROOT / "README.md"
-    text = re.sub(r"(<!-- table: step -->\n).*?(<!-- end -->)", lambda m: m.group(1) + step(results["step"]) + "\n" + m.group(2), readme.read_text(), flags=re.S)
-    readme.write_text(text)
+
+    def table(match):
+        name = match.group(2)
+        return match.group(1) + (TABLES[name](results[name]) + "\n" if name in results else "") + match.group(3)
+
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        old = page.read_text()
+        new = re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", table, old, flags=re.S)
+        if new != old:
+            page.write_text(new)
 
 
 if __name__ == "__main__":
