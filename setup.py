@@ -38,9 +38,9 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs into the package; in place (editable) straight into python/halfstep."""
 
     def run(self):
-        missing = [tool for tool in ("cmake", "ninja") if not shutil.which(tool)] + [m for m in ("pybind11",) if not find_spec(m)]
+        missing = [tool for tool in ("cmake", "ninja") if not shutil.which(tool)]
         if missing:
-            sys.exit(f"halfstep: {', '.join(missing)} missing, which --no-build-isolation does not fetch; run: pip install 'cmake>=3.24,<4' ninja pybind11")
+            sys.exit(f"halfstep: {', '.join(missing)} missing, which --no-build-isolation does not fetch; run: pip install 'cmake>=3.24,<4' ninja")
         build = ROOT / ("build-editable" if self.inplace else "build-wheel")
         options = ["-DHALFSTEP_PYTHON=ON", "-DHALFSTEP_TESTS=OFF", "-DHALFSTEP_EXAMPLES=OFF", f"-DPython_EXECUTABLE={sys.executable}",
                    f"-DHALFSTEP_CUDA={os.environ.get('HALFSTEP_CUDA', 'AUTO')}",
