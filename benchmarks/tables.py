@@ -32,7 +32,19 @@ def modes(result):
     return "\n".join(lines)
 
 
-TABLES = {"step": step, "modes": modes}
+def conv_linear(result):
+    lines = [f"Forward + backward, median of interleaved rounds; × is the time over FP32's in the same round, stock is torch without halfstep; {result['device']}; "
+             f"torch {result['versions']['torch']}, {result['date']}.", "",
+             "| CPU | case | FP32 | FP16 | × | stock FP16 | BF16 | × | stock BF16 |", "| --- " * 9 + "|"]
+    for r in result["rows"]:
+        cells = [r["environment"], r["case"], f"{r['fp32_ms']:.2f} ms"]
+        for key in ("fp16", "bf16"):
+            cells += [f"{r[key + '_ms']:.2f} ms", f"{r[key + '_ratio']:.2f}", f"{r[key + '_stock_ms']:.2f} ms"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {"step": step, "modes": modes, "conv_linear": conv_linear}
 
 
 def main():

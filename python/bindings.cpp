@@ -20,4 +20,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_status", &halfstep::cuda_status);
   m.def("set_overrides", &halfstep::set_overrides, pybind11::arg("enabled"));
   m.def("overrides_enabled", &halfstep::overrides_enabled);
+  m.def("cpu_path", &halfstep::cpu_path);
 }

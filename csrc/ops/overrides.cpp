@@ -1,6 +1,7 @@
 #include "overrides.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <strings.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -22,16 +23,31 @@ std::atomic<bool>& enabled_flag() {
 
 /// Asks oneDNN through torch's own op, so that ONEDNN_MAX_CPU_ISA counts; false where torch has
 /// none.
-bool unit(const char* op) {
+bool supported(const char* op) {
   const auto handle = c10::Dispatcher::singleton().findSchema({op, ""});
   return handle && handle->typed<bool()>().call();
 }
+
+/// oneDNN calls BF16 supported from AVX512_CORE on, but without the BF16 instructions it computes
+/// products four times slower than in FP32.
+bool emulates_bfloat() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512bw") && !__builtin_cpu_supports("avx512bf16")) return true;
+  const char* limit = std::getenv("ONEDNN_MAX_CPU_ISA");
+  if (!limit) limit = std::getenv("DNNL_MAX_CPU_ISA");
+  return limit && (!strcasecmp(limit, "AVX512_CORE") || !strcasecmp(limit, "AVX512_CORE_VNNI"));
+#else
+  return false;
+#endif
+}
+
 bool has_half_unit() {
-  static const bool has = unit("mkldnn::_is_mkldnn_fp16_supported");
+  static const bool has = supported("mkldnn::_is_mkldnn_fp16_supported");
   return has;
 }
 bool has_bfloat_unit() {
-  static const bool has = unit("mkldnn::_is_mkldnn_bf16_supported");
+  static const bool has = supported("mkldnn::_is_mkldnn_bf16_supported") && !emulates_bfloat();
   return has;
 }
 
@@ -42,10 +58,11 @@ void set_overrides(bool enabled) { enabled_flag().store(enabled, std::memory_ord
 
 std::string cpu_path() {
   const auto path = [](bool widens) { return widens ? "FP32, rounded once" : "stock"; };
-  return std::string("float16 linear and matmul: ") + path(ops::widens_products(c10::kHalf)) +
-         ", convolution: " + path(ops::widens_convolution(c10::kHalf)) +
-         "; bfloat16 linear and matmul: " + path(ops::widens_products(c10::kBFloat16)) +
-         ", convolution: " + path(ops::widens_convolution(c10::kBFloat16));
+  const auto line = [&](const char* name, c10::ScalarType type) {
+    return std::string(name) + " products and attention: " + path(ops::widens_products(type)) +
+           ", convolution and backward of attention: " + path(ops::widens_convolution(type));
+  };
+  return line("float16", c10::kHalf) + "; " + line("bfloat16", c10::kBFloat16);
 }
 
 namespace ops {
@@ -59,6 +76,8 @@ bool widens_convolution(c10::ScalarType type) {
   if (type == c10::kHalf) return overrides_enabled();
   return widens_products(type);
 }
+
+bool widens_attention_backward(c10::ScalarType type) { return widens_convolution(type); }
 
 }  // namespace ops
 }  // namespace halfstep

@@ -11,5 +11,7 @@ namespace halfstep::ops {
 bool widens_products(c10::ScalarType type);
 /// The same for convolution: FP16 always, since the stock backward is slow with the unit too.
 bool widens_convolution(c10::ScalarType type);
+/// The backward of attention: FP16 always, for the same reason.
+bool widens_attention_backward(c10::ScalarType type);
 
 }  // namespace halfstep::ops

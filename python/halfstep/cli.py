@@ -24,6 +24,7 @@ def doctor():
     lines.append(("ops", f"{len(ops)}: {', '.join(ops)}"))
     lines.append(("cuda", _library.cuda_status()))
     lines.append(("overrides", "on" if _library._C.overrides_enabled() else "off"))
+    lines.append(("CPU path", _library._C.cpu_path()))
     x = torch.full((4,), 65504.0, dtype=torch.float16)
     stats = torch.ops.halfstep.grad_stats([x, x / 0], [])
     lines.append(("check", "grad_stats finds the bad tensor" if float(stats[-1, 6]) == 1 else f"FAILED: grad_stats gave {stats.tolist()}"))
