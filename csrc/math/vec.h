@@ -58,6 +58,8 @@ constexpr int kRegister = 16;
 template <class T>
 struct Pack {
   typedef T Native __attribute__((vector_size(kRegister)));
+  /// The same in memory, wherever it lies.
+  typedef T Unaligned __attribute__((vector_size(kRegister), aligned(alignof(T)), may_alias));
   static constexpr int kPieces = int(kLanes * sizeof(T)) / kRegister;
   Native piece[kPieces];
 };
@@ -180,15 +182,22 @@ HALFSTEP_FN bool any(const Pack<T>& mask) {
   return found;
 #endif
 }
+// One register at a time: a copy of the whole struct goes through the stack in 16-byte pieces, and
+// a wider load from there waits for them.
 template <class T>
 HALFSTEP_FN Pack<T> load_lanes(const T* from) {
   Pack<T> a;
-  __builtin_memcpy(&a, from, sizeof(a));
+  HALFSTEP_PIECES {
+    a.piece[k] =
+        *reinterpret_cast<const typename Pack<T>::Unaligned*>(from + k * (kRegister / sizeof(T)));
+  }
   return a;
 }
 template <class T>
 HALFSTEP_FN void store_lanes(T* to, const Pack<T>& a) {
-  __builtin_memcpy(to, &a, sizeof(a));
+  HALFSTEP_PIECES {
+    *reinterpret_cast<typename Pack<T>::Unaligned*>(to + k * (kRegister / sizeof(T))) = a.piece[k];
+  }
 }
 #undef HALFSTEP_PIECES
 
@@ -352,6 +361,13 @@ HALFSTEP_FN I32 load_int16(const int16_t* from) {
 HALFSTEP_FN void store_int16(int16_t* to, const I32& a) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)a.piece[0]));
+#elif defined(__AVX2__)
+  // packus saturates, so the high halves go first; it packs within 128-bit halves, hence the
+  // permute.
+  const __m256i low = _mm256_set1_epi32(0xffff);
+  const __m256i packed = _mm256_packus_epi32(_mm256_and_si256((__m256i)a.piece[0], low),
+                                             _mm256_and_si256((__m256i)a.piece[1], low));
+  _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(packed, 0xd8));
 #else
   int32_t lanes[kLanes];
   store_lanes(lanes, a);
