@@ -167,9 +167,10 @@ class Room:
         """What parameter `i` is updated in, and its states are."""
         return torch.float64 if torch.float64 in (self.params[i].dtype, self.masters[i].dtype) else torch.float32
 
-    def kept_exact(self, i):
-        """Whether parameter `i` has a master, or gets one when it is unfrozen."""
-        return master_dtype(self.group["master"], self.params[i]) is not None
+    def held(self, i):
+        """The master of parameter `i`, or one like that which it gets when it is unfrozen."""
+        dtype = master_dtype(self.group["master"], self.params[i])
+        return torch.zeros_like(self.params[i], dtype=dtype, requires_grad=False) if i in self.frozen and dtype is not None else self.masters[i]
 
     def thaw(self, indices):
         """Parameters that were frozen from the start get their master and states."""

@@ -81,11 +81,10 @@ def optimizer_state(optimizer, packed=False):
     for room in optimizer._rooms:
         exact = H.read_masters(room.raw, room.masters) if room.params else []
         for i, param in enumerate(room.params):
-            # A parameter that was frozen from the start holds nothing yet; it is written as one that was never stepped.
-            states = {key: torch.zeros_like(exact[i]) if i in room.frozen else tensors[i].clone() for key, tensors in room.states.items()}
-            entry = {"step": room.steps[i].to(torch.float32), **states}
-            if i in room.frozen and room.kept_exact(i):
-                entry["master"] = exact[i]
+            if i in room.frozen:  # it has neither master nor states
+                state[len(state)] = {}
+                continue
+            entry = {"step": room.steps[i].to(torch.float32), **{key: tensors[i].clone() for key, tensors in room.states.items()}}
             if room.masters[i].numel() and packed and room.masters[i].dtype == torch.int16:
                 entry.update(remainder=room.masters[i].clone(), weight_checksum=weight_checksum(param))
             elif room.masters[i].numel():
@@ -97,7 +96,7 @@ def optimizer_state(optimizer, packed=False):
 def torch_state(optimizer):
     """As torch.optim's class of the same name writes it."""
     own = optimizer_state(optimizer)
-    state = {i: {k: v for k, v in e.items() if k != "master"} for i, e in own["state"].items() if float(e["step"]) > 0}
+    state = {i: {k: v for k, v in e.items() if k != "master"} for i, e in own["state"].items() if e and float(e["step"]) > 0}
     if "momentum" in optimizer.defaults:  # torch's SGD counts no steps
         state = {i: {"momentum_buffer": e.get("momentum_buffer")} for i, e in state.items()}
     groups = [{k: v for k, v in g.items() if k not in ("master", "grad_dtype")} for g in own["param_groups"]]
@@ -249,7 +248,8 @@ def _plan_group(optimizer, room, saved, state, ours, masters):
             _check_option(key, value, optimizer.defaults[key], room.index)
     names = optimizer._state_names({**room.group, **options})
     plans = []
-    for param, held, name, number in zip(room.params, room.masters, room.names, saved["params"]):
+    for i, (param, name, number) in enumerate(zip(room.params, room.names, saved["params"])):
+        held = room.held(i)
         if ours and number not in state:
             raise ValueError(f"optimizer state has no entry {number} for '{name}'")
         entry = state.get(number, {})  # empty for a parameter that was never stepped
@@ -271,10 +271,6 @@ def load_optimizer_state(optimizer, state_dict, masters="saved"):
         if stray:
             raise ValueError(f"optimizer state has an entry {sorted(stray, key=str)[0]!r} that is no parameter's")
     optimizer._follow_edits(report=False)  # the model was loaded just now
-    for room, saved in zip(optimizer._rooms, groups):  # what was frozen here from the start but trained there needs its own master and states
-        trained = [i for i in room.frozen if float(state.get(saved["params"][i], {}).get("step", 0)) > 0]
-        if trained:
-            room.thaw(trained)
     plans = [_plan_group(optimizer, room, saved, state, ours, masters) for room, saved in zip(optimizer._rooms, groups)]
     # Nothing below is refused.
     for room, (options, params) in zip(optimizer._rooms, plans):
@@ -287,7 +283,9 @@ def load_optimizer_state(optimizer, state_dict, masters="saved"):
         room.states = {key: room.states.get(key) or [room._nothing()] * len(room.params) for key in optimizer._state_names(room.group)}
         for i, (step, states, master) in enumerate(params):
             if i in room.frozen:
-                continue
+                if step == 0:
+                    continue
+                room.thaw([i])  # frozen here from the start, but trained there
             room.steps[i] = step
             for key, value in states.items():
                 if room.states[key][i].shape != room.params[i].shape:

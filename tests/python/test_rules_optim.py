@@ -213,6 +213,39 @@ def test_what_is_frozen_from_the_start_has_no_master_until_it_is_unfrozen(master
     assert all(torch.equal(opt.state[p][k], twin.state[q][k]) for k in twin.state[q]) and "frozen" not in repr(opt)
 
 
+@pytest.mark.parametrize("master", ["split16", "fp32", "none"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_frozen_is_an_empty_entry_of_the_checkpoint(master, packed):
+    torch.manual_seed(0)
+    p, q = torch.nn.Parameter(torch.randn(5).half(), requires_grad=False), torch.nn.Parameter(torch.randn(5).half())
+    opt = hs.optim.AdamW([("p", p), ("q", q)], lr=0.1, master=master)
+    q.grad = torch.randn(5).half()
+    opt.step()
+    saved = opt.state_dict(packed=packed)
+    assert saved["state"][0] == {} and list(opt.to_torch_state_dict()["state"]) == [1]
+
+    def twin(requires_grad):
+        a, b = torch.nn.Parameter(p.detach().clone(), requires_grad=requires_grad), torch.nn.Parameter(q.detach().clone())
+        return a, b, hs.optim.AdamW([("p", a), ("q", b)], lr=0.1, master=master)
+
+    a, b, frozen = twin(False)
+    frozen.load_state_dict(saved)
+    assert a not in frozen.state and torch.equal(frozen.state[b]["exp_avg"], opt.state[q]["exp_avg"])
+    a, b, thawed = twin(True)
+    thawed.load_state_dict(saved)
+    assert int(thawed.state[a]["step"]) == 0 and int(thawed.state[b]["step"]) == 1
+    for x in (a, b):
+        x.grad = torch.randn(5).half()
+    thawed.step()
+    full = thawed.state_dict(packed=packed)
+    c, d, late = twin(False)
+    for x, y in ((c, a), (d, b)):
+        x.data.copy_(y.data)
+    late.load_state_dict(full)  # an entry for what is frozen here: it has been trained, so it comes back whole
+    assert int(late.state[c]["step"]) == 1 and torch.equal(late.state[c]["exp_avg"], thawed.state[a]["exp_avg"])
+    assert torch.equal(late.master_params()[0], thawed.master_params()[0])
+
+
 def test_groups_added_between_steps_take_their_own_options():
     a, b = (torch.nn.Parameter(torch.ones(3).half()) for _ in range(2))
     opt = hs.optim.AdamW([("a", a)], lr=0.1)
