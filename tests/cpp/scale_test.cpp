@@ -141,6 +141,25 @@ TEST_CASE("the scale never leaves (0, inf), nor does its reciprocal", "[scale]")
   CHECK(state[kStateStepsSkipped] == 400);
 }
 
+TEST_CASE("bounds of the originals, for replaying them", "[scale]") {
+  const auto ends = [](Bounds bounds, double low, double high, double growth) {
+    Vector policy = dynamic(65536, growth, 1 / growth, 1, low, high, 1, Refill::kClean);
+    policy[kPolicyBounds] = double(bounds);
+    Vector down{}, up{};
+    init_scale_state(policy.data(), down.data());
+    init_scale_state(policy.data(), up.data());
+    for (int i = 0; i < 1200; ++i) update_scale(policy.data(), down.data(), true);
+    for (int i = 0; i < 1200; ++i) update_scale(policy.data(), up.data(), false);
+    return std::pair(down[kStateScale], up[kStateScale]);
+  };
+  CHECK(ends(Bounds::kTorch, 0, INFINITY, 2) == std::pair(0.0, 0x1p127));
+  CHECK(ends(Bounds::kMegatron, 1, INFINITY, 2) == std::pair(1.0, double(INFINITY)));
+  CHECK(ends(Bounds::kApex, 0, 0x1p24, 2) == std::pair(0.0, 0x1p24));
+  // A growth past FP32 is refused in ours as in torch: the scale stays where it was.
+  CHECK(ends(Bounds::kTorch, 0, INFINITY, 4) == std::pair(0.0, 0x1p126));
+  CHECK(ends(Bounds::kOurs, 0, INFINITY, 4) == std::pair(0x1p-126, 0x1p126));
+}
+
 TEST_CASE("a static scale stays, and still counts", "[scale]") {
   Vector policy = dynamic(128, 2, .5, 1, 0, INFINITY, 1, Refill::kClean);
   policy[kPolicyKind] = double(PolicyKind::kStatic);

@@ -225,6 +225,14 @@ def test_every_line_of_the_docs_is_raised(monkeypatch):
     assert [row[0] for row in ROWS if not any(re.match(pattern(row[0]), t) for t in texts)] == []
 
 
+def test_messages_of_cpp_are_expected_by_its_tests():
+    lines = re.findall(r"\| C\+\+: `(.*?)`", DOCS.read_text())
+    text = "".join(path.read_text() for path in sorted((DOCS.parents[1] / "tests" / "cpp").glob("*.cpp")))
+    for message in lines:
+        assert max(message.split("…"), key=len).split(" 4-byte")[0].strip() in text, message
+    assert lines
+
+
 def test_every_line_has_a_cause_and_a_fix():
     lines = [line for line in DOCS.read_text().splitlines() if line.startswith("| ") and not line.startswith(("| message", "| ---", "| C++"))]
     assert len(lines) == len(ROWS) > 30 and all(cause.strip() and fix.strip() for _, cause, fix in ROWS)

@@ -37,7 +37,7 @@ MAKERS = {"ours": lambda p: hs.optim.SGD([("w", p)], lr=1.0), "masters": lambda 
 every_kind = pytest.mark.parametrize("make", list(MAKERS.values()), ids=list(MAKERS))
 
 
-# -- 1 to 18: torch's edge cases ---------------------------------------------------------------------
+# -- torch's edge cases ----------------------------------------------------------------------------
 def test_01_scale_and_tracker_are_made_on_the_device_of_the_first_output():
     scaler = hs.GradScaler()
     with pytest.raises(RuntimeError, match="scale_tensor: nothing was scaled yet"):
@@ -386,7 +386,7 @@ def test_18_fp64_gradients_beyond_fp32_are_not_infinite(make):
     assert not scaler.step_was_skipped(opt) and p.tolist() == [1e300 - 1e299, 0.0]
 
 
-# -- 2.2: defects of other scalers -------------------------------------------------------------------
+# -- defects of other scalers ------------------------------------------------------------------------
 def test_the_scale_that_unscales_is_the_one_that_scaled():
     """DeepSpeed updates the scale first: on a growth step a true gradient of 1 is used as 0.5."""
     p = param(0.0, 0.0)
