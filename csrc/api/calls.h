@@ -55,6 +55,29 @@ inline at::Tensor init_scale_state(const at::Tensor& policy) {
   static const auto op = find_op<at::Tensor(const at::Tensor&)>("halfstep::init_scale_state");
   return op.call(policy);
 }
+/// What all step ops begin with (csrc/ops/optim.h), for one parameter group.
+struct StepFrame {
+  Tensors params;
+  OptionalTensors grads;
+  Tensors masters;
+  std::vector<at::Tensor> states;
+  Tensors emas;
+  std::vector<at::Tensor> zeroed;
+  at::Tensor steps, overflowed, lr;
+  OptionalTensor control;
+  Tensors table;
+  double ema_decay = 0;
+  bool stochastic = false;
+  int64_t seed = 0;
+};
+template <class... N>
+void step_op(const char* name, const StepFrame& f, N... numbers) {
+  const auto op = find_op<void(Tensors, const OptionalTensors&, Tensors, Tensors, Tensors, Tensors,
+                               const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                               const OptionalTensor&, Tensors, double, bool, int64_t, N...)>(name);
+  op.call(f.params, f.grads, f.masters, f.states, f.emas, f.zeroed, f.steps, f.overflowed, f.lr,
+          f.control, f.table, f.ema_decay, f.stochastic, f.seed, numbers...);
+}
 inline void write_masters_(Tensors values, Tensors params, Tensors masters,
                            const at::Tensor& overflowed) {
   static const auto op =

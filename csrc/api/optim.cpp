@@ -73,6 +73,24 @@ api::OptionalTensors Optimizer::Room::grads() const {
   return list;
 }
 
+api::StepFrame Optimizer::Room::frame(const std::vector<const char*>& state_keys,
+                                      const at::Tensor& control) {
+  api::StepFrame f;
+  f.params = params;
+  f.grads = grads();
+  f.masters = masters;
+  for (const char* key : state_keys) {
+    const auto& tensors = state(key);
+    f.states.insert(f.states.end(), tensors.begin(), tensors.end());
+  }
+  f.steps = steps;
+  f.overflowed = overflowed;
+  f.lr = device_lr();
+  if (control.defined()) f.control = control;
+  f.table = table(step_table);
+  return f;
+}
+
 bool Optimizer::Room::has_grads() const {
   for (const auto& leaf : leaves)
     if (leaf.grad().defined()) return true;

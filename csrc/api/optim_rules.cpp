@@ -25,10 +25,6 @@ const Options& options_of(const torch::optim::OptimizerOptions& options, const c
   return *own;
 }
 
-api::OptionalTensor optional(const at::Tensor& tensor) {
-  return tensor.defined() ? api::OptionalTensor(tensor) : std::nullopt;
-}
-
 template <class Options>
 void check_common(const Options& o, const std::string& at) {
   TORCH_CHECK(o.lr() >= 0, at, "lr is ", o.lr(), "; expected a number >= 0");
@@ -168,20 +164,16 @@ Optimizer::Common Adam::common(const Options& options) const {
 }
 
 void Adam::apply(Room& room, const at::Tensor& control) {
-  using Op =
-      void(api::Tensors, const api::OptionalTensors&, api::Tensors, api::Tensors, api::Tensors,
-           api::Tensors, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-           const api::OptionalTensor&, api::Tensors, double, double, double, double, bool, bool);
-  static const auto adamw = api::find_op<Op>("halfstep::adamw_step_");
-  static const auto adam = api::find_op<Op>("halfstep::adam_step_");
   const auto& o = options_of<AdamOptions>(room.group->options(), kind_);
   const auto [beta1, beta2] = o.betas();
-  (decoupled_ ? adamw : adam)
-      .call(room.params, room.grads(), room.masters, room.state("exp_avg"),
-            room.state("exp_avg_sq"),
-            o.amsgrad() ? api::Tensors(room.state("max_exp_avg_sq")) : api::Tensors(), room.steps,
-            room.overflowed, room.device_lr(), optional(control), room.table(room.step_table),
-            beta1, beta2, o.eps(), o.weight_decay(), o.amsgrad(), o.maximize());
+  if (decoupled_)
+    api::step_op<double, double, double, double, double, bool, bool, bool>(
+        "halfstep::adamw_step_", room.frame(state_names(o), control), beta1, beta2, o.eps(),
+        o.weight_decay(), 0.0, false, o.amsgrad(), o.maximize());
+  else
+    api::step_op<double, double, double, double, bool, bool>(
+        "halfstep::adam_step_", room.frame(state_names(o), control), beta1, beta2, o.eps(),
+        o.weight_decay(), o.amsgrad(), o.maximize());
 }
 
 SGD::SGD(std::vector<at::Tensor> params, SGDOptions options)
@@ -243,16 +235,10 @@ Optimizer::Common SGD::common(const Options& options) const {
 }
 
 void SGD::apply(Room& room, const at::Tensor& control) {
-  static const auto op = api::find_op<void(
-      api::Tensors, const api::OptionalTensors&, api::Tensors, api::Tensors, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, const api::OptionalTensor&, api::Tensors, double,
-      double, double, bool, bool)>("halfstep::sgd_step_");
   const auto& o = options_of<SGDOptions>(room.group->options(), kind_);
-  op.call(room.params, room.grads(), room.masters,
-          o.momentum() != 0 ? api::Tensors(room.state("momentum_buffer")) : api::Tensors(),
-          room.steps, room.overflowed, room.device_lr(), optional(control),
-          room.table(room.step_table), o.momentum(), o.dampening(), o.weight_decay(), o.nesterov(),
-          o.maximize());
+  api::step_op<double, double, double, bool, bool>(
+      "halfstep::sgd_step_", room.frame(state_names(o), control), o.momentum(), o.dampening(),
+      o.weight_decay(), o.nesterov(), o.maximize());
 }
 
 }  // namespace halfstep::optim

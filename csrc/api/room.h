@@ -31,6 +31,8 @@ struct Optimizer::Room {
   /// `kept` made to fit this group; empty on the CPU.
   api::Tensors table(std::vector<at::Tensor>& kept) const;
   bool has_grads() const;
+  /// Arguments of a step; `state_keys` in the order of the op.
+  api::StepFrame frame(const std::vector<const char*>& state_keys, const at::Tensor& control);
   const at::Tensor& device_lr();
   void remember(size_t first = 0);
   /// States of `key`, zero where there are none yet.

@@ -32,9 +32,16 @@ namespace halfstep::math {
 /// Element types a kernel meets. The numbers go through descriptor tables to the device.
 enum class Dtype : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF64 = 3 };
 
-/// How the exact weight behind a parameter is kept: in the parameter itself, as an int16 remainder
-/// beside a 16-bit parameter, or as a full copy.
-enum class MasterKind : int32_t { kNone = 0, kSplit16 = 1, kF32 = 2, kF64 = 3 };
+/// How the exact weight behind a parameter is kept.
+enum class MasterKind : int32_t {
+  kNone = 0,     ///< in the parameter itself
+  kSplit16 = 1,  ///< an int16 remainder beside a 16-bit parameter
+  kF32 = 2,      ///< a full copy
+  kF64 = 3,
+  kSplit8 = 4,      ///< an int8 remainder beside a 16-bit parameter
+  kKahan = 5,       ///< the rounding error, in the parameter's own 16-bit dtype
+  kStochastic = 6,  ///< in the 16-bit parameter, rounded at random
+};
 
 /// Reductions run over blocks of this many elements, summed in index order.
 constexpr int64_t kBlock = 4096;

@@ -35,13 +35,16 @@ HALFSTEP_FN int32_t round_to_int(float a) {
 #endif
 }
 HALFSTEP_FN float to_float(int32_t a) { return float(a); }
+HALFSTEP_FN int32_t as_signed(uint32_t a) { return bit_cast<int32_t>(a); }
+HALFSTEP_FN uint32_t as_unsigned(int32_t a) { return bit_cast<uint32_t>(a); }
 HALFSTEP_FN int64_t count(bool mask) { return mask; }
 HALFSTEP_FN bool any(bool mask) { return mask; }
 
 template <class V>
-struct Traits {  // float, double
+struct Traits {  // float, double, integers
   using Scalar = V;
   using Mask = bool;
+  using Unsigned = uint32_t;
   static constexpr int kWidth = 1;
 };
 
@@ -67,6 +70,7 @@ using F32 = Pack<float>;
 using F64 = Pack<double>;
 using I32 = Pack<int32_t>;
 using I64 = Pack<int64_t>;
+using U32 = Pack<uint32_t>;
 
 template <class T>
 struct MaskOf;
@@ -76,6 +80,10 @@ struct MaskOf<float> {
 };
 template <>
 struct MaskOf<int32_t> {
+  using Type = I32;
+};
+template <>
+struct MaskOf<uint32_t> {
   using Type = I32;
 };
 template <>
@@ -93,6 +101,7 @@ template <class T>
 struct Traits<Pack<T>> {
   using Scalar = T;
   using Mask = typename MaskOf<T>::Type;
+  using Unsigned = U32;
   static constexpr int kWidth = kLanes;
 };
 
@@ -128,11 +137,16 @@ HALFSTEP_FN Pack<T> operator|(Pack<T> a, const Pack<T>& b) {
   return a;
 }
 template <class T>
+HALFSTEP_FN Pack<T> operator^(Pack<T> a, const Pack<T>& b) {
+  HALFSTEP_PIECES a.piece[k] ^= b.piece[k];
+  return a;
+}
+template <class T>
 HALFSTEP_FN Pack<T> operator<<(Pack<T> a, int bits) {
   HALFSTEP_PIECES a.piece[k] <<= bits;
   return a;
 }
-/// Arithmetic (sign-extending) shift.
+/// Sign-extending for signed T.
 template <class T>
 HALFSTEP_FN Pack<T> operator>>(Pack<T> a, int bits) {
   HALFSTEP_PIECES a.piece[k] >>= bits;
@@ -213,6 +227,20 @@ HALFSTEP_FN V broadcast(typename Traits<V>::Scalar x) {
   } else {
     V a;
     for (auto& piece : a.piece) piece = x - typename V::Native{};
+    return a;
+  }
+}
+HALFSTEP_FN I32 as_signed(const U32& a) { return __builtin_bit_cast(I32, a); }
+HALFSTEP_FN U32 as_unsigned(const I32& a) { return __builtin_bit_cast(U32, a); }
+/// i, i + 1, … i + 15.
+template <class U>
+HALFSTEP_FN U index_lanes(uint32_t i) {
+  if constexpr (Traits<U>::kWidth == 1) {
+    return i;
+  } else {
+    U a = broadcast<U>(i);
+    for (int lane = 0; lane < kLanes; ++lane)
+      a.piece[lane / int(kRegister / 4)][lane % int(kRegister / 4)] += uint32_t(lane);
     return a;
   }
 }
@@ -386,10 +414,31 @@ HALFSTEP_FN I32 bfloat_bits(const F32& a) {
 HALFSTEP_FN void store_bfloat(uint16_t* to, const F32& a) {
   store_int16((int16_t*)to, bfloat_bits(a));
 }
+/// Sign-extends.
+HALFSTEP_FN I32 load_int8(const int8_t* from) {
+  I32 r;
+  for (int i = 0; i < kLanes; ++i)
+    r.piece[i / int(kRegister / 4)][i % int(kRegister / 4)] = from[i];
+  return r;
+}
+/// Keeps the low 8 bits.
+HALFSTEP_FN void store_int8(int8_t* to, const I32& a) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)a.piece[0]));
+#else
+  int32_t lanes[kLanes];
+  store_lanes(lanes, a);
+  for (int i = 0; i < kLanes; ++i) to[i] = int8_t(lanes[i]);
+#endif
+}
 #else   // nvcc sees scalars only
 template <class V>
 HALFSTEP_FN V broadcast(V x) {
   return x;
+}
+template <class U>
+HALFSTEP_FN U index_lanes(uint32_t i) {
+  return i;
 }
 #endif  // !__CUDACC__
 

@@ -60,6 +60,25 @@ void check_like_flat(const char* op, Name name, const at::Tensor& tensor, Name r
 
 bool has_elements(const at::Tensor& tensor) { return tensor.sym_numel() != 0; }
 
+bool is_master(at::ScalarType type, at::ScalarType param) {
+  if (type == at::kDouble) return param != at::kDouble;
+  return is_sixteen(param) &&
+         (type == at::kShort || type == at::kChar || type == at::kFloat || type == param);
+}
+
+bool is_coded(at::ScalarType type) { return type == at::kChar || type == at::kByte; }
+
+c10::SymInt scale_count(const at::Tensor& state) {
+  return (state.sym_numel() + (math::kStateBlock - 1)) / c10::SymInt(math::kStateBlock);
+}
+
+void check_scale(const char* op, Name name, const at::Tensor& scale, const at::Tensor& state) {
+  TORCH_CHECK(scale.scalar_type() == at::kChar && scale.dim() == 1 && scale.is_contiguous() &&
+                  scale.sym_size(0) == scale_count(state),
+              op, ": ", name, " is ", describe(scale), " but the state is ", describe(state),
+              "; expected contiguous torch.int8[", scale_count(state), "]");
+}
+
 }  // namespace
 
 std::string describe(const at::Tensor& tensor) {
@@ -104,46 +123,30 @@ void check_masters(const char* op, at::TensorList params, at::TensorList masters
     check_device(op, name, param, item("params", 0), params[0]);
     if (!has_elements(master)) continue;
     const auto type = master.scalar_type();
-    const bool fits = type == at::kShort || type == at::kFloat ? is_sixteen(param.scalar_type())
-                      : type == at::kDouble                    ? param.scalar_type() != at::kDouble
-                                                               : false;
-    TORCH_CHECK(fits, op, ": ", item("masters", i), " is ", describe(master), " but ", name, " is ",
-                describe(param),
-                "; a master is int16 or float32 beside a 16-bit parameter, or float64 beside a "
-                "narrower one");
+    TORCH_CHECK(is_master(type, param.scalar_type()), op, ": ", item("masters", i), " is ",
+                describe(master), " but ", name, " is ", describe(param),
+                "; a master is int16, int8, float32 or of the parameter's dtype beside a 16-bit "
+                "parameter, or float64 beside a narrower one");
     check_like_flat(op, item("masters", i), master, name, param);
   }
 }
 
-void check_step_lists(const StepLists& lists) {
-  const char* op = lists.op;
-  check_same_length(op, "grads", lists.grads.size(), "params", lists.params.size());
-  check_masters(op, lists.params, lists.masters);
-  for (size_t i = 0; i < lists.params.size(); ++i) {
-    const std::optional<at::Tensor> grad = lists.grads[i];
-    if (!grad || !grad->defined()) continue;
-    check_dense(op, item("grads", i), *grad);
-    TORCH_CHECK(is_supported_float(grad->scalar_type()), op, ": ", item("grads", i), " is ",
-                describe(*grad), "; expected float16, bfloat16, float32 or float64");
-    check_like(op, item("grads", i), *grad, item("params", i), lists.params[i]);
+void check_state(const char* op, const at::Tensor& state, const at::Tensor& scale, bool is_signed) {
+  const auto type = state.scalar_type();
+  TORCH_CHECK(type == at::kBFloat16 || type == (is_signed ? at::kChar : at::kByte), op,
+              ": state is ", describe(state), "; expected torch.bfloat16 or ",
+              is_signed ? "torch.int8" : "torch.uint8");
+  check_flat(op, {"state"}, state);
+  if (is_coded(type)) {
+    check_scale(op, {"scale"}, scale, state);
+    check_device(op, {"scale"}, scale, {"state"}, state);
   }
 }
 
-void check_states(const char* list, at::TensorList states, const StepLists& lists) {
-  const char* op = lists.op;
-  check_same_length(op, list, states.size(), "params", lists.params.size());
-  for (size_t i = 0; i < states.size(); ++i) {
-    if (!has_elements(states[i])) {
-      const std::optional<at::Tensor> grad = lists.grads[i];
-      if (!grad || !grad->defined()) continue;
-    }
-    const at::Tensor& param = lists.params[i];
-    const auto type = compute_type(param, lists.masters[i]);
-    TORCH_CHECK(states[i].scalar_type() == type, op, ": ", item(list, i), " is ",
-                describe(states[i]), " but ", item("params", i), " (", describe(param),
-                ") is updated in ", dtype_name(type));
-    check_like_flat(op, item(list, i), states[i], item("params", i), param);
-  }
+void check_state_value(const at::Tensor& value, const at::Tensor& state) {
+  TORCH_CHECK(value.scalar_type() == at::kFloat, "write_state_: value is ", describe(value),
+              "; expected torch.float32");
+  check_like("write_state_", {"value"}, value, {"state"}, state);
 }
 
 void check_counter(const char* op, const char* name, const at::Tensor& counter, size_t length,
@@ -284,22 +287,83 @@ void check_step_numbers(const char* op, const at::Tensor& lr,
   if (control) check_device(op, {"control"}, *control, item("params", 0), params[0]);
 }
 
-void check_adam(const char* op, const AdamArgs& args) {
-  const StepLists lists{op, args.params, args.grads, args.masters};
-  check_step_lists(lists);
-  check_states("exp_avgs", args.exp_avgs, lists);
-  check_states("exp_avg_sqs", args.exp_avg_sqs, lists);
-  if (args.amsgrad) check_states("max_exp_avg_sqs", args.max_exp_avg_sqs, lists);
-  check_counter(op, "steps", args.steps, args.params.size(), args.params);
-  check_counter(op, "overflowed", args.overflowed, args.params.size(), args.params);
-  check_step_numbers(op, args.lr, args.control, args.params);
+namespace {
+
+void check_step_grads(const StepArgs& args) {
+  const char* op = args.op;
+  const bool zeroes = !args.zeroed.empty();
+  const char* list = zeroes ? "zeroed" : "grads";
+  TORCH_CHECK(!zeroes || args.grads.empty(), op, ": grads has ", args.grads.size(),
+              " entries and zeroed has ", args.zeroed.size(), "; expected one of the two");
+  check_same_length(op, list, zeroes ? args.zeroed.size() : args.grads.size(), "params",
+                    args.params.size());
+  for (size_t i = 0; i < args.params.size(); ++i) {
+    const at::Tensor grad = args.grad(i);
+    if (!grad.defined()) continue;
+    check_dense(op, item(list, i), grad);
+    TORCH_CHECK(is_supported_float(grad.scalar_type()), op, ": ", item(list, i), " is ",
+                describe(grad), "; expected float16, bfloat16, float32 or float64");
+    check_like(op, item(list, i), grad, item("params", i), args.params[i]);
+  }
 }
 
-void check_sgd(const SgdArgs& args) {
-  const char* op = "sgd_step_";
-  const StepLists lists{op, args.params, args.grads, args.masters};
-  check_step_lists(lists);
-  if (args.momentum != 0) check_states("momentum_buffers", args.momentum_buffers, lists);
+/// State `s` of parameter `i`; a parameter without a gradient is not touched, so it may be empty.
+void check_step_state(const StepArgs& args, const RuleInfo& info, size_t s, size_t i) {
+  const size_t n = args.params.size();
+  const at::Tensor &param = args.params[i], &state = args.states[s * n + i];
+  const Name name = item(info.names[s], i);
+  if (!has_elements(state) && !args.grad(i).defined()) return;
+  const auto type = compute_type(param, args.masters[i]), held = state.scalar_type();
+  if (s >= size_t(info.elementwise)) {
+    TORCH_CHECK(held == type && state.sym_numel() == 1, args.op, ": ", name, " is ",
+                describe(state), "; expected one element of ", dtype_name(type));
+    return check_device(args.op, name, state, item("params", i), param);
+  }
+  const bool narrow = type == at::kFloat && (held == at::kBFloat16 || is_coded(held));
+  TORCH_CHECK(held == type || narrow, args.op, ": ", name, " is ", describe(state), " but ",
+              item("params", i), " (", describe(param), ") is updated in ", dtype_name(type));
+  TORCH_CHECK(held == args.states[i].scalar_type() || (is_coded(held) && narrow), args.op, ": ",
+              name, " is ", describe(state), " but ", item(info.names[0], i), " is ",
+              describe(args.states[i]), "; the states of a parameter are held alike");
+  check_like_flat(args.op, name, state, item("params", i), param);
+  if (is_coded(held)) {
+    TORCH_CHECK(has_scales(args, info), args.op, ": ", name, " is ", describe(state),
+                " but states has no scales after it");
+    const size_t row = size_t(info.elementwise + info.per_tensor) + s;
+    check_scale(args.op, name, args.states[row * n + i], state);
+  }
+}
+
+void check_step_states(const StepArgs& args, const RuleInfo& info) {
+  const size_t n = args.params.size(), rows = size_t(info.elementwise + info.per_tensor);
+  if (n == 0) return;
+  TORCH_CHECK(
+      args.states.size() == rows * n || args.states.size() == (rows + size_t(info.elementwise)) * n,
+      args.op, ": states has ", args.states.size(), " entries but params has ", n, "; expected ",
+      rows, " states a parameter, and for int8 states ", info.elementwise, " scales");
+  for (size_t s = 0; s < rows; ++s)
+    for (size_t i = 0; i < n; ++i) check_step_state(args, info, s, i);
+}
+
+}  // namespace
+
+void check_step(const StepArgs& args, const RuleInfo& info) {
+  const char* op = args.op;
+  check_masters(op, args.params, args.masters);
+  check_step_grads(args);
+  check_step_states(args, info);
+  if (!args.emas.empty()) {
+    check_same_length(op, "emas", args.emas.size(), "params", args.params.size());
+    TORCH_CHECK(args.ema_decay >= 0 && args.ema_decay <= 1, op, ": ema_decay is ", args.ema_decay,
+                "; expected between 0 and 1");
+    for (size_t i = 0; i < args.emas.size(); ++i) {
+      if (!has_elements(args.emas[i]) && !args.grad(i).defined()) continue;
+      const auto type = compute_type(args.params[i], args.masters[i]);
+      TORCH_CHECK(args.emas[i].scalar_type() == type, op, ": ", item("emas", i), " is ",
+                  describe(args.emas[i]), "; expected ", dtype_name(type));
+      check_like_flat(op, item("emas", i), args.emas[i], item("params", i), args.params[i]);
+    }
+  }
   check_counter(op, "steps", args.steps, args.params.size(), args.params);
   check_counter(op, "overflowed", args.overflowed, args.params.size(), args.params);
   check_step_numbers(op, args.lr, args.control, args.params);

@@ -22,14 +22,6 @@ struct Name {
 std::ostream& operator<<(std::ostream& out, Name name);
 inline Name item(const char* list, size_t index) { return {list, int64_t(index)}; }
 
-/// One line of a parameter group as the step ops see it.
-struct StepLists {
-  const char* op;
-  at::TensorList params;
-  const c10::List<std::optional<at::Tensor>>& grads;
-  at::TensorList masters;
-};
-
 bool is_supported_float(at::ScalarType type);
 /// Dtype that the update of parameter `index` is computed in: double where it or its master is
 /// FP64.
@@ -37,13 +29,8 @@ at::ScalarType compute_type(const at::Tensor& param, const at::Tensor& master);
 
 void check_same_length(const char* op, const char* list, size_t length, const char* reference,
                        size_t expected);
-/// Parameters, gradients and masters of one step: dtypes, shapes, devices, layouts.
-void check_step_lists(const StepLists& lists);
 /// Parameters and masters only.
 void check_masters(const char* op, at::TensorList params, at::TensorList masters);
-/// Optimizer states: shape, device and strides of the parameter, in its compute type. A parameter
-/// without a gradient is not touched, so its state may be empty.
-void check_states(const char* list, at::TensorList states, const StepLists& lists);
 /// int64 [n] tensors: one counter a parameter.
 void check_counter(const char* op, const char* name, const at::Tensor& counter, size_t length,
                    at::TensorList params);
@@ -59,6 +46,9 @@ void check_write_masters(at::TensorList values, at::TensorList params, at::Tenso
                          const at::Tensor& overflowed);
 void check_refresh_masters(at::TensorList params, at::TensorList masters,
                            const at::Tensor& changed);
+/// One optimizer state in bfloat16 or int8 (uint8 where it is not signed), and its scales.
+void check_state(const char* op, const at::Tensor& state, const at::Tensor& scale, bool is_signed);
+void check_state_value(const at::Tensor& value, const at::Tensor& state);
 void check_grads(const char* op, const c10::List<std::optional<at::Tensor>>& grads);
 /// unscale_ and unscale_to_.
 void check_unscale(const char* op, at::TensorList grads, at::TensorList outputs,

@@ -7,14 +7,25 @@ namespace halfstep::ops {
 
 using math::Dtype;
 using math::MasterKind;
+using math::StateKind;
 using math::StepTensor;
 
 namespace {
 
 MasterKind master_code(const at::Tensor& master) {
   if (master.numel() == 0) return MasterKind::kNone;
-  if (master.scalar_type() == at::kShort) return MasterKind::kSplit16;
-  return master.scalar_type() == at::kFloat ? MasterKind::kF32 : MasterKind::kF64;
+  switch (master.scalar_type()) {
+    case at::kShort:
+      return MasterKind::kSplit16;
+    case at::kChar:
+      return MasterKind::kSplit8;
+    case at::kFloat:
+      return MasterKind::kF32;
+    case at::kDouble:
+      return MasterKind::kF64;
+    default:
+      return MasterKind::kKahan;
+  }
 }
 
 void* data_or_null(at::TensorList list, size_t i) {
@@ -36,6 +47,11 @@ Dtype dtype_code(at::ScalarType type) {
   }
 }
 
+StateKind state_code(at::ScalarType type) {
+  if (type == at::kBFloat16) return StateKind::kBF16;
+  return type == at::kChar || type == at::kByte ? StateKind::kInt8 : StateKind::kWide;
+}
+
 StepTensor describe_param(const at::Tensor& param, const at::Tensor& master) {
   StepTensor t;
   t.param = param.data_ptr();
@@ -53,31 +69,48 @@ at::Tensor in_layout_of(const at::Tensor& tensor, const at::Tensor& like) {
   return copy;
 }
 
-Gathered gather(at::TensorList params, const OptionalTensors& grads, at::TensorList masters,
-                at::TensorList state1, at::TensorList state2, at::TensorList state3) {
+Gathered gather(const StepArgs& args, const RuleInfo& info) {
   Gathered all;
-  for (size_t i = 0; i < params.size(); ++i) {
-    const std::optional<at::Tensor> grad = grads[i];
-    if (!grad || !grad->defined()) continue;
-    all.keep_alive.push_back(in_layout_of(*grad, params[i]));
-    StepTensor t = describe_param(params[i], masters[i]);
-    t.grad = all.keep_alive.back().const_data_ptr();
-    t.grad_dtype = dtype_code(grad->scalar_type());
-    t.state1 = data_or_null(state1, i);
-    t.state2 = data_or_null(state2, i);
-    t.state3 = data_or_null(state3, i);
+  const size_t n = args.params.size(), rows = size_t(info.elementwise + info.per_tensor);
+  const bool scales = has_scales(args, info);
+  for (size_t i = 0; i < n; ++i) {
+    const at::Tensor grad = args.grad(i);
+    if (!grad.defined()) continue;
+    const at::Tensor& param = args.params[i];
+    const at::Tensor walked = in_layout_of(grad, param);
+    StepTensor t = describe_param(param, args.masters[i]);
+    if (args.stochastic && t.master_kind == MasterKind::kNone && dtype_size(t.param_dtype) == 2)
+      t.master_kind = MasterKind::kStochastic;
+    t.grad = const_cast<void*>(walked.const_data_ptr());
+    t.grad_dtype = dtype_code(grad.scalar_type());
+    for (size_t s = 0; s < rows; ++s) t.state[s] = data_or_null(args.states, s * n + i);
+    if (info.elementwise > 0) t.state_kind = state_code(args.states[i].scalar_type());
+    if (scales && t.state_kind == StateKind::kInt8)
+      for (size_t s = 0; s < size_t(info.elementwise); ++s)
+        t.exponent[s] = static_cast<int8_t*>(data_or_null(args.states, (rows + s) * n + i));
+    t.ema = data_or_null(args.emas, i);
     all.tensors.push_back(t);
-    all.numels.push_back(params[i].numel());
+    all.numels.push_back(param.numel());
     all.index.push_back(int64_t(i));
+    if (!walked.is_same(grad)) all.copies.emplace_back(walked, grad);
   }
   return all;
+}
+
+void zero_copied(const StepArgs& args, const Gathered& work) {
+  if (args.zeroed.empty()) return;
+  for (const auto& [copy, grad] : work.copies) grad.zero_();
+}
+
+void zero_all(const StepArgs& args) {
+  for (const at::Tensor& grad : args.zeroed) grad.zero_();
 }
 
 Gathered gather_masters(at::TensorList params, at::TensorList masters, at::TensorList values) {
   Gathered all;
   for (size_t i = 0; i < params.size(); ++i) {
     all.tensors.push_back(describe_param(params[i], masters[i]));
-    all.tensors.back().state1 = data_or_null(values, i);
+    all.tensors.back().state[0] = data_or_null(values, i);
     all.numels.push_back(params[i].numel());
     all.index.push_back(int64_t(i));
   }

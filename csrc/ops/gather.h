@@ -11,6 +11,7 @@
 namespace halfstep::ops {
 
 math::Dtype dtype_code(at::ScalarType type);
+math::StateKind state_code(at::ScalarType type);
 
 /// Pointers and dtypes of a parameter and its master.
 math::StepTensor describe_param(const at::Tensor& param, const at::Tensor& master);
@@ -22,24 +23,26 @@ at::Tensor in_layout_of(const at::Tensor& tensor, const at::Tensor& like);
 struct Gathered {
   std::vector<math::StepTensor> tensors;
   std::vector<int64_t> numels;
-  std::vector<int64_t> index;          ///< position in the group
-  std::vector<at::Tensor> keep_alive;  ///< gradients copied into their parameter's layout
+  std::vector<int64_t> index;  ///< position in the group
+  /// Gradients that are walked as a copy in their parameter's layout: {copy, gradient}.
+  std::vector<std::pair<at::Tensor, at::Tensor>> copies;
 };
 
-/// States may be empty lists.
-Gathered gather(at::TensorList params, const OptionalTensors& grads, at::TensorList masters,
-                at::TensorList state1, at::TensorList state2, at::TensorList state3);
-inline Gathered gather(const AdamArgs& args) {
-  return gather(args.params, args.grads, args.masters, args.exp_avgs, args.exp_avg_sqs,
-                args.amsgrad ? args.max_exp_avg_sqs : at::TensorList());
+Gathered gather(const StepArgs& args, const RuleInfo& info);
+/// The parts of a step's constants that come from its arguments; `step` and `index` are those of
+/// one parameter.
+HALFSTEP_FN math::StepConstants common_constants(double multiplier, double ema_decay, bool zeroes,
+                                                 int64_t seed, int64_t step, int64_t index) {
+  return {multiplier, 1 - ema_decay, math::random_key(seed, step, index), zeroes};
 }
-inline Gathered gather(const SgdArgs& args) {
-  return gather(args.params, args.grads, args.masters,
-                args.momentum != 0 ? args.momentum_buffers : at::TensorList(), {}, {});
-}
+/// Gradients that are walked as a copy in their parameter's layout are zeroed here, the others by
+/// the kernel.
+void zero_copied(const StepArgs& args, const Gathered& work);
+/// All gradients of a step that zeroes them.
+void zero_all(const StepArgs& args);
 
 /// Every parameter, whether or not it has a gradient; `values` (compute type, the parameters'
-/// layout) as state1, or an empty list.
+/// layout) as state[0], or an empty list.
 Gathered gather_masters(at::TensorList params, at::TensorList masters, at::TensorList values);
 
 /// `values` in the compute type and layout of their parameters.

@@ -1,4 +1,7 @@
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
+
+#include <string>
 
 #include "gather.h"
 
@@ -6,42 +9,48 @@
 // weights and what is held for them. Update rules: csrc/math/optim.h; split16: csrc/math/split16.h.
 //
 // Common to the steps. Lists have one entry a parameter; grads[i] None: the parameter is not
-// touched; masters[i]: empty (none), int16 (split16) or float32/float64. States are in the compute
-// type: float32, or float64 where the parameter or its master is. steps, overflowed: int64 [n]; lr:
-// one float64; control: float64 [4] of step_control, None to apply the gradients as they are. With
-// control[0] != 0 nothing is written at all.
+// touched. masters[i]: empty (none), int16 (split16), int8 (split8), the parameter's own 16-bit
+// dtype (kahan), or float32/float64. states: state-major in one list; in the compute type (float32,
+// or float64 where the parameter or its master is), bfloat16, or int8 (second moments uint8) with
+// the scales after all states, int8 [ceil(numel / 128)]. emas: [] or running means in the compute
+// type, ema += (1 - ema_decay) * (p - ema). zeroed: [] or, instead of grads, gradients that are
+// zeroed in the same pass, on a skipped step too; an empty tensor is none. steps, overflowed: int64
+// [n]; lr: one float64; control: float64 [4] of step_control, None to apply the gradients as they
+// are. With control[0] != 0 nothing but `zeroed` is written. stochastic: 16-bit parameters without
+// a master are rounded at random; seed: of that and of the rounding of narrow states.
 
 namespace halfstep::ops {
 
 namespace {
 
+constexpr const char* kFrame =
+    "(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] masters, Tensor(c!)[] states, "
+    "Tensor(d!)[] emas, Tensor(e!)[] zeroed, Tensor(f!) steps, Tensor(g!) overflowed, Tensor lr, "
+    "Tensor? control, Tensor(t!)[] table, *, float ema_decay, bool stochastic, int seed, ";
+
 constexpr const char* kSchemas[] = {
-    "adamw_step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] masters, "
-    "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, "
-    "Tensor(f!) steps, Tensor(g!) overflowed, Tensor lr, Tensor? control, Tensor(t!)[] table, *, "
-    "float beta1, float beta2, float eps, float weight_decay, bool amsgrad, bool maximize) -> ()",
-    "adam_step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] masters, "
-    "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, "
-    "Tensor(f!) steps, Tensor(g!) overflowed, Tensor lr, Tensor? control, Tensor(t!)[] table, *, "
-    "float beta1, float beta2, float eps, float weight_decay, bool amsgrad, bool maximize) -> ()",
-    "sgd_step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] masters, "
-    "Tensor(c!)[] momentum_buffers, Tensor(d!) steps, Tensor(e!) overflowed, Tensor lr, "
-    "Tensor? control, Tensor(t!)[] table, *, float momentum, float dampening, float weight_decay, "
-    "bool nesterov, bool maximize) -> ()",
     // values (any float dtype) -> weights and masters; overflowed[i] counts the elements that do
     // not fit the 16-bit range, which keep what they were.
     "write_masters_(Tensor[] values, Tensor(a!)[] params, Tensor(b!)[] masters, "
     "Tensor(c!) overflowed) -> ()",
     // The exact weights in the compute type.
     "read_masters(Tensor[] params, Tensor[] masters) -> Tensor[]",
+    // float32 values of a bfloat16 or int8 state: `scale` as in a step, or an empty tensor.
+    // is_signed:
+    // a momentum, not a second moment.
+    "read_state(Tensor state, Tensor scale, bool is_signed) -> Tensor",
+    "write_state_(Tensor value, Tensor(a!) state, Tensor(b!) scale, bool is_signed, int seed) -> "
+    "()",
     // Masters that do not round to their weight take the weight's value; changed[i] counts them.
     // dry_run counts only.
     "refresh_masters_(Tensor[] params, Tensor(a!)[] masters, Tensor(b!) changed, bool dry_run) -> "
     "()",
 };
 
-void nothing_adam(const char*, bool, const AdamArgs&) {}
-void nothing_sgd(const SgdArgs&) {}
+struct Nothing {
+  template <class Rule>
+  static void run(const StepArgs&, const RuleInfo&, const typename Rule::Numbers&) {}
+};
 
 void write_masters_meta(at::TensorList values, at::TensorList params, at::TensorList masters,
                         const at::Tensor& overflowed) {
@@ -58,28 +67,39 @@ void refresh_masters_meta(at::TensorList params, at::TensorList masters, const a
   check_refresh_masters(params, masters, changed);
 }
 
+at::Tensor read_state_meta(const at::Tensor& state, const at::Tensor& scale, bool is_signed) {
+  check_state("read_state", state, scale, is_signed);
+  return at::empty_like(state, state.options().dtype(at::kFloat));
+}
+
+void write_state_meta(const at::Tensor& value, const at::Tensor& state, const at::Tensor& scale,
+                      bool is_signed, int64_t) {
+  check_state("write_state_", state, scale, is_signed);
+  check_state_value(value, state);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(halfstep, m) {
   for (const char* schema : kSchemas) m.def(schema, {at::Tag::pt2_compliant_tag});
+  for_each_step_op([&](auto op) {
+    using Op = decltype(op);
+    const std::string schema = std::string(Op::kName) + kFrame + Op::kSchema + ") -> ()";
+    m.def(schema.c_str(), {at::Tag::pt2_compliant_tag});
+  });
 }
 
 TORCH_LIBRARY_IMPL(halfstep, Meta, m) {
-  m.impl("adamw_step_", adam_op<nothing_adam, true>);
-  m.impl("adam_step_", adam_op<nothing_adam, false>);
-  m.impl("sgd_step_", sgd_op<nothing_sgd>);
+  register_steps<Nothing>(m);
   m.impl("write_masters_", write_masters_meta);
   m.impl("read_masters", read_masters_meta);
   m.impl("refresh_masters_", refresh_masters_meta);
+  m.impl("read_state", read_state_meta);
+  m.impl("write_state_", write_state_meta);
 }
 
 // A sparse argument is refused by its name and index, by the same checks, not by the dispatcher.
-void refuse_sparse(torch::Library& m) {
-  m.impl("adamw_step_", adam_op<nothing_adam, true>);
-  m.impl("adam_step_", adam_op<nothing_adam, false>);
-  m.impl("sgd_step_", sgd_op<nothing_sgd>);
-}
-TORCH_LIBRARY_IMPL(halfstep, SparseCPU, m) { refuse_sparse(m); }
-TORCH_LIBRARY_IMPL(halfstep, SparseCUDA, m) { refuse_sparse(m); }
+TORCH_LIBRARY_IMPL(halfstep, SparseCPU, m) { register_steps<Nothing>(m); }
+TORCH_LIBRARY_IMPL(halfstep, SparseCUDA, m) { register_steps<Nothing>(m); }
 
 }  // namespace halfstep::ops

@@ -291,6 +291,14 @@ class Room:
             known = self.tables[op] = [torch.empty(size, dtype=torch.uint8, device=device), torch.zeros(size, dtype=torch.uint8)]
         return known
 
+    def frame(self, grads, lr, control):
+        """The arguments that all step ops begin with (csrc/ops/optim.h)."""
+        states = [tensor for tensors in self.states.values() for tensor in tensors]
+        return self.raw, grads, self.masters, states, [], [], self.steps, self.overflowed, lr, control, self.table("step")
+
+    def frame_numbers(self):
+        return {"ema_decay": 0.0, "stochastic": False, "seed": 0}
+
     # -- what a step needs -------------------------------------------------------------------------
     def gather(self):
         """The gradients, or None where there is none at all."""

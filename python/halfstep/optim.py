@@ -344,10 +344,12 @@ class _AdamBase(Optimizer):
         return ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
 
     def _apply(self, room, grads, lr, control):
-        g, s = room.group, room.states
-        type(self)._op(room.raw, grads, room.masters, s["exp_avg"], s["exp_avg_sq"], s.get("max_exp_avg_sq", []),
-                       room.steps, room.overflowed, lr, control, room.table("step"), beta1=g["betas"][0], beta2=g["betas"][1],
-                       eps=g["eps"], weight_decay=g["weight_decay"], amsgrad=g["amsgrad"], maximize=g["maximize"])
+        g = room.group
+        type(self)._op(*room.frame(grads, lr, control), beta1=g["betas"][0], beta2=g["betas"][1], eps=g["eps"],
+                       weight_decay=g["weight_decay"], amsgrad=g["amsgrad"], maximize=g["maximize"], **room.frame_numbers(), **self._own_numbers(g))
+
+    def _own_numbers(self, group):
+        return {}
 
 
 class Adam(_AdamBase):
@@ -372,6 +374,9 @@ class AdamW(_AdamBase):
                  master="auto", grad_dtype="param", max_grad_norm=None, skip_nonfinite=True):
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, differentiable=differentiable,
                          master=master, grad_dtype=grad_dtype, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
+
+    def _own_numbers(self, group):
+        return {"max_lr": 0.0, "decay_in_update": False}
 
 
 class SGD(Optimizer):
@@ -398,9 +403,8 @@ class SGD(Optimizer):
 
     def _apply(self, room, grads, lr, control):
         g = room.group
-        H.sgd_step_(room.raw, grads, room.masters, room.states.get("momentum_buffer", []), room.steps,
-                    room.overflowed, lr, control, room.table("step"), momentum=g["momentum"], dampening=g["dampening"],
-                    weight_decay=g["weight_decay"], nesterov=g["nesterov"], maximize=g["maximize"])
+        H.sgd_step_(*room.frame(grads, lr, control), momentum=g["momentum"], dampening=g["dampening"],
+                    weight_decay=g["weight_decay"], nesterov=g["nesterov"], maximize=g["maximize"], **room.frame_numbers())
 
 
 class Snapshot:

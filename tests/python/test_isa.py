@@ -25,25 +25,50 @@ for n in (1, 15, 16, 17, 4095, 4097, 300_001):
         for x in grads:
             y = x.clone(); H.unscale_([y], torch.tensor(1 / 3), found, []); add(y)
         add(found)
-modes = [(torch.float16, None), (torch.float16, torch.int16), (torch.float16, torch.float32), (torch.float16, torch.float64),
-         (torch.bfloat16, torch.int16), (torch.bfloat16, torch.float32), (torch.float32, None), (torch.float64, None)]
+def step(op, lists, states, common, **numbers):
+    p, grad, m, ema = lists
+    steps, overflowed, lr, control, stochastic = common
+    op([p], [] if ema.numel() else [grad], [m], states, [ema] if ema.numel() else [], [grad.clone()] if ema.numel() else [],
+       steps, overflowed, lr, control, [], ema_decay=.9, stochastic=stochastic, seed=5, **numbers)
+modes = [(torch.float16, None), (torch.float16, torch.int16), (torch.float16, torch.float32), (torch.float16, torch.float64), (torch.float16, torch.int8),
+         (torch.float16, torch.float16), (torch.float16, "stochastic"), (torch.bfloat16, torch.int16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.int8),
+         (torch.bfloat16, torch.bfloat16), (torch.bfloat16, "stochastic"), (torch.float32, None), (torch.float32, torch.float64), (torch.float64, None)]
+def states_of(held, p, signed):
+    n = p.numel()
+    if held != "int8":
+        return [torch.zeros(n, dtype=held) for _ in signed]
+    return [torch.zeros(n, dtype=torch.int8 if s else torch.uint8) for s in signed] + [torch.full(((n + 127) // 128,), -126, dtype=torch.int8) for _ in signed]
 for dtype, kind in modes:
-    n = 70_003
+    n = 20_003
     value = random(n, 0.05); value[:100] *= 1e-6; value[100] = 65000.0
-    p = torch.zeros(n, dtype=dtype); m = torch.zeros(n if kind else 0, dtype=kind or torch.float32)
-    c = torch.float64 if torch.float64 in (dtype, kind) else torch.float32
-    o = torch.zeros(1, dtype=torch.int64); s = torch.zeros(1, dtype=torch.int64); lr = torch.tensor(1e-2, dtype=torch.float64)
-    H.write_masters_([value], [p], [m], o)
-    a, v, x, b = (torch.zeros(n, dtype=c) for _ in range(4))
-    for step in range(5):
-        grad = random(n, 10.0 ** -step).to(dtype)
-        control = H.step_control([H.grad_stats([grad], [])], torch.tensor(8.0), None, None, 1.0)
-        H.adamw_step_([p], [grad], [m], [a], [v], [x], s, o, lr, control, [], beta1=.9, beta2=.999, eps=1e-8, weight_decay=.01, amsgrad=True, maximize=False)
-        H.adam_step_([p], [grad], [m], [a], [v], [], s, o, lr, control, [], beta1=.9, beta2=.999, eps=1e-8, weight_decay=.01, amsgrad=False, maximize=True)
-        H.sgd_step_([p], [grad], [m], [b], s, o, lr, control, [], momentum=.9, dampening=.1, weight_decay=.01, nesterov=False, maximize=False)
-        add(p, m, a, v, x, b, o, s)
-    add(*H.read_masters([p], [m]))
-    q = p + 1; H.refresh_masters_([q], [m], o, False); add(m, o)
+    stochastic, kind = kind == "stochastic", None if kind == "stochastic" else kind
+    wide = torch.float64 if torch.float64 in (dtype, kind) else torch.float32
+    for held in [wide] + ([torch.bfloat16, "int8"] if wide == torch.float32 else []):
+        p = torch.zeros(n, dtype=dtype); m = torch.zeros(n if kind else 0, dtype=kind or torch.float32)
+        o = torch.zeros(1, dtype=torch.int64); s = torch.zeros(1, dtype=torch.int64); lr = torch.tensor(1e-2, dtype=torch.float64)
+        H.write_masters_([value], [p], [m], o)
+        adam, largest, buffer, lion, total, lamb, novo = (states_of(held, p, signed) for signed in (
+            (True, False), (True, False, False), (True,), (True,), (False,), (True, False), (True,)))
+        novo.insert(1, torch.zeros(1, dtype=wide))
+        for k in range(3):
+            grad = random(n, 10.0 ** -k).to(dtype)
+            control = H.step_control([H.grad_stats([grad], [])], torch.tensor(8.0), None, None, 1.0)
+            lists, common = (p, grad, m, torch.zeros(n, dtype=wide) if k == 1 else torch.empty(0)), (s, o, lr, control, stochastic)
+            both = dict(beta1=.9, beta2=.999)
+            step(H.adamw_step_, lists, largest, common, **both, eps=1e-8, weight_decay=.01, max_lr=.1, decay_in_update=k == 2, amsgrad=True, maximize=False)
+            step(H.adam_step_, lists, adam, common, **both, eps=1e-8, weight_decay=.01, amsgrad=False, maximize=True)
+            step(H.sgd_step_, lists, buffer, common, momentum=.9, dampening=.1, weight_decay=.01, nesterov=False, maximize=False)
+            step(H.lion_step_, lists, lion, common, **both, weight_decay=.01, maximize=False)
+            step(H.adagrad_step_, lists, total, common, lr_decay=.1, eps=1e-10, weight_decay=.01, maximize=False)
+            step(H.lamb_step_, lists, lamb, common, **both, eps=1e-6, weight_decay=.01, bias_correction=True, grad_averaging=True, always_adapt=False, maximize=False)
+            step(H.novograd_step_, lists, novo, common, **both, eps=1e-8, weight_decay=.01, grad_averaging=False, maximize=False)
+            add(p, m, o, s, lists[3], *adam, *largest, *buffer, *lion, *total, *lamb, *novo)
+        add(*H.read_masters([p], [m]))
+        if m.numel():
+            q = p + 1; H.refresh_masters_([q], [m], o, False); add(m, o)
+    if held == "int8":
+        add(H.read_state(adam[0], adam[2], True), H.read_state(adam[1], adam[3], False))
+        H.write_state_(value, adam[0], adam[2], True, 9); H.write_state_(value.abs(), adam[1], adam[3], False, 9); add(*adam)
 print(digest.hexdigest())
 """
 

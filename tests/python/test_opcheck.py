@@ -31,7 +31,8 @@ def counters():
 
 
 MODES = [(torch.float16, None), (torch.float16, torch.int16), (torch.float16, torch.float32), (torch.float16, torch.float64),
-         (torch.bfloat16, torch.int16), (torch.bfloat16, None), (torch.float32, None), (torch.float32, torch.float64), (torch.float64, None)]
+         (torch.float16, torch.int8), (torch.float16, torch.float16), (torch.bfloat16, torch.int16), (torch.bfloat16, None), (torch.bfloat16, torch.int8),
+         (torch.bfloat16, torch.bfloat16), (torch.float32, None), (torch.float32, torch.float64), (torch.float64, None)]
 
 
 def samples_grad_stats():
@@ -71,26 +72,72 @@ def samples_init_scale_state():
     yield (policy(),), {}
 
 
-def adam_samples():
+def step_samples(states, **numbers):
+    """Every master mode; in one of them EMA and zeroed gradients; 16-bit and int8 states where the update is in FP32."""
+    control = lambda grads: H.step_control([H.grad_stats(grads, [])], torch.tensor(2.0), None, None, 1.0)
+    lr = torch.tensor(1e-3, dtype=torch.float64)
     for param, master in MODES:
-        for amsgrad in (False, True):
-            params, grads, masters, states = group(param, master)
-            control = H.step_control([H.grad_stats(grads, [])], torch.tensor(2.0), None, None, 1.0)
-            yield (params, grads, masters, states(), states(), states() if amsgrad else [], counters(), counters(),
-                   torch.tensor(1e-3, dtype=torch.float64), control, []), dict(
-                       beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, amsgrad=amsgrad, maximize=False)
+        params, grads, masters, make = group(param, master)
+        yield (params, grads, masters, [t for _ in range(states) for t in make()], [], [], counters(), counters(), lr, control(grads), []), dict(
+            ema_decay=0.0, stochastic=master is None, seed=1, **numbers)
+    params, grads, masters, make = group(torch.float16, torch.int16)
+    zeroed = [torch.empty(0, dtype=torch.float16) if g is None else g for g in grads]
+    yield (params, [], masters, [t.bfloat16() for _ in range(states) for t in make()], make(), zeroed, counters(), counters(), lr, control(grads), []), dict(
+        ema_decay=0.9, stochastic=False, seed=1, **numbers)
 
 
-samples_adamw_step_ = samples_adam_step_ = adam_samples
+def int8_states(params, signed):
+    """Codes of each state, then the scales of each."""
+    codes = [torch.zeros_like(p, dtype=torch.int8 if s else torch.uint8) for s in signed for p in params]
+    return codes + [torch.full(((p.numel() + 127) // 128,), -126, dtype=torch.int8) for _ in signed for p in params]
+
+
+def adam_samples(**numbers):
+    for amsgrad in (False, True):
+        yield from step_samples(2 + amsgrad, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, amsgrad=amsgrad, maximize=False, **numbers)
+    params, grads, masters, _ = group(torch.float16, torch.int8)
+    yield (params, grads, masters, int8_states(params, (True, False)), [], [], counters(), counters(), torch.tensor(1e-3, dtype=torch.float64), None, []), dict(
+        ema_decay=0.0, stochastic=False, seed=1, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, amsgrad=False, maximize=False, **numbers)
+
+
+samples_adam_step_ = adam_samples
+
+
+def samples_adamw_step_():
+    yield from adam_samples(max_lr=0.0, decay_in_update=False)
 
 
 def samples_sgd_step_():
-    for param, master in MODES:
-        for momentum in (0.0, 0.9):
-            params, grads, masters, states = group(param, master)
-            yield (params, grads, masters, states() if momentum else [], counters(), counters(),
-                   torch.tensor(1e-3, dtype=torch.float64), None, []), dict(
-                       momentum=momentum, dampening=0.0, weight_decay=0.01, nesterov=False, maximize=True)
+    for momentum in (0.0, 0.9):
+        yield from step_samples(momentum != 0, momentum=momentum, dampening=0.0, weight_decay=0.01, nesterov=False, maximize=True)
+
+
+def samples_lion_step_():
+    yield from step_samples(1, beta1=0.9, beta2=0.99, weight_decay=0.01, maximize=False)
+
+
+def samples_adagrad_step_():
+    yield from step_samples(1, lr_decay=0.1, eps=1e-10, weight_decay=0.01, maximize=False)
+
+
+def samples_lamb_step_():
+    yield from step_samples(2, beta1=0.9, beta2=0.999, eps=1e-6, weight_decay=0.01, bias_correction=True, grad_averaging=True, always_adapt=False, maximize=False)
+
+
+def samples_novograd_step_():
+    for args, numbers in step_samples(1, beta1=0.95, beta2=0.98, eps=1e-8, weight_decay=0.01, grad_averaging=False, maximize=False):
+        wide = [torch.zeros(1, dtype=torch.float64 if s.dtype == torch.float64 else torch.float32) for s in args[3]]
+        yield (*args[:3], args[3] + wide, *args[4:]), numbers
+
+
+def samples_read_state():
+    for dtype, signed in ((torch.bfloat16, True), (torch.int8, True), (torch.uint8, False)):
+        yield (torch.zeros(5, 60, dtype=dtype), torch.full((3,), -3, dtype=torch.int8), signed), {}
+
+
+def samples_write_state_():
+    for dtype, signed in ((torch.bfloat16, True), (torch.int8, True), (torch.uint8, False)):
+        yield (torch.rand(5, 60), torch.zeros(5, 60, dtype=dtype), torch.zeros(3, dtype=torch.int8), signed, 7), {}
 
 
 def samples_write_masters_():

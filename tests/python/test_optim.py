@@ -265,18 +265,27 @@ def test_bad_construction_is_refused(make, message):
 
 def test_bad_lists_are_refused_before_anything_is_written():
     p, m = [torch.ones(4), torch.ones(4, 3)], [torch.empty(0), torch.empty(0)]
-    s = lambda: [torch.zeros(4), torch.zeros(4, 3)]
+    s = lambda: [torch.zeros(4), torch.zeros(4, 3), torch.zeros(4), torch.zeros(4, 3)]
     c = lambda: torch.zeros(2, dtype=torch.int64)
-    kw = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False)
+    kw = dict(ema_decay=0.0, stochastic=False, seed=0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, max_lr=0.0, decay_in_update=False, amsgrad=False, maximize=False)
     lr = torch.tensor(0.1, dtype=torch.float64)
+    scale, codes = lambda n: torch.zeros(n, dtype=torch.int8), lambda p, dtype: torch.zeros_like(p, dtype=dtype)
     good = [torch.ones(4), torch.ones(4, 3)]
     cases = [
-        ((p, [good[0], torch.ones(4, 2).half()], m, s(), s(), [], c(), c(), lr, None, []), r"adamw_step_: grads\[1\] is torch.float16\[4, 2\] but params\[1\] is torch.float32\[4, 3\]"),
-        ((p, good[:1], m, s(), s(), [], c(), c(), lr, None, []), "grads has 1 entries but params has 2"),
-        ((p, good, [torch.empty(0), torch.zeros(4, 3, dtype=torch.int16)], s(), s(), [], c(), c(), lr, None, []), r"masters\[1\] is torch.int16"),
-        ((p, good, m, [torch.zeros(4), torch.zeros(4, 3).double()], s(), [], c(), c(), lr, None, []), r"exp_avgs\[1\] is torch.float64\[4, 3\]"),
-        ((p, good, m, s(), s(), [], c()[:1], c(), lr, None, []), r"steps is torch.int64\[1\]"),
-        ((p, good, m, s(), s(), [], c(), c(), torch.tensor(0.1), None, []), "lr is torch.float32"),
+        ((p, [good[0], torch.ones(4, 2).half()], m, s(), [], [], c(), c(), lr, None, []), r"adamw_step_: grads\[1\] is torch.float16\[4, 2\] but params\[1\] is torch.float32\[4, 3\]"),
+        ((p, good[:1], m, s(), [], [], c(), c(), lr, None, []), "grads has 1 entries but params has 2"),
+        ((p, good, [torch.empty(0), torch.zeros(4, 3, dtype=torch.int16)], s(), [], [], c(), c(), lr, None, []), r"masters\[1\] is torch.int16"),
+        ((p, good, m, [torch.zeros(4), torch.zeros(4, 3).double(), *s()[2:]], [], [], c(), c(), lr, None, []), r"exp_avgs\[1\] is torch.float64\[4, 3\]"),
+        ((p, good, m, s()[:3], [], [], c(), c(), lr, None, []), "states has 3 entries but params has 2; expected 2 states a parameter"),
+        ((p, good, m, [*s()[:3], s()[3].bfloat16()], [], [], c(), c(), lr, None, []), r"exp_avg_sqs\[1\] is torch.bfloat16\[4, 3\] but exp_avgs\[1\] is torch.float32\[4, 3\]"),
+        ((p, good, m, [codes(x, d) for d in (torch.int8, torch.uint8) for x in p], [], [], c(), c(), lr, None, []), "has no scales after it"),
+        ((p, good, m, [codes(x, d) for d in (torch.int8, torch.uint8) for x in p] + [scale(1), scale(2), scale(1), scale(1)], [], [], c(), c(), lr, None, []), r"expected contiguous torch.int8\[1\]"),
+        ((p, good, m, s(), [torch.zeros(4)], [], c(), c(), lr, None, []), "emas has 1 entries but params has 2"),
+        ((p, good, m, s(), [torch.zeros(4), torch.zeros(4, 3).double()], [], c(), c(), lr, None, []), r"emas\[1\] is torch.float64"),
+        ((p, good, m, s(), [], good, c(), c(), lr, None, []), "grads has 2 entries and zeroed has 2; expected one of the two"),
+        ((p, [], m, s(), [], good[:1], c(), c(), lr, None, []), "zeroed has 1 entries but params has 2"),
+        ((p, good, m, s(), [], [], c()[:1], c(), lr, None, []), r"steps is torch.int64\[1\]"),
+        ((p, good, m, s(), [], [], c(), c(), torch.tensor(0.1), None, []), "lr is torch.float32"),
     ]
     for args, message in cases:
         with pytest.raises(RuntimeError, match=message):

@@ -8,21 +8,13 @@
 // unscale:  one read, one write.
 // Tests: tests/cpp/grads_test.cpp, tests/python/test_grads.py.
 
-#include "parts.h"
+#include "states.h"
 
 namespace halfstep::cpu::inline HALFSTEP_ISA {
 
 using namespace math;
 
 namespace {
-
-double sum_lanes(const F64& lanes) {
-  double x[kLanes];
-  store_lanes(x, lanes);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  return x[0];
-}
 
 /// Counters over FP16 bits, 16 elements of int16 at a time.
 struct HalfCounters {

@@ -15,6 +15,20 @@ using math::Dtype;
 using math::MasterKind;
 using math::StepTensor;
 
+/// Elements [begin, end) of one parameter, begin a multiple of kStateBlock; returns how many were
+/// kept from leaving the 16-bit range.
+template <class Constants>
+using StepKernel = int64_t (*)(const StepTensor& tensor, const Constants& constants, int64_t begin,
+                               int64_t end);
+
+/// Sums of the squares of the two values of a rule's norms().
+struct Norms {
+  double a2 = 0, b2 = 0;
+};
+template <class Constants>
+using NormsKernel = Norms (*)(const StepTensor& tensor, const Constants& constants, int64_t begin,
+                              int64_t end);
+
 struct Kernels {
   const char* name;  ///< "default", "avx2", "avx512"
 
@@ -26,9 +40,14 @@ struct Kernels {
   bool (*unscale)(const void* input, Dtype input_dtype, void* output, Dtype output_dtype,
                   double inv_scale, int64_t count);
 
-  /// Elements [begin, end) of one parameter; returns how many were kept from leaving 16-bit range.
-  int64_t (*adam)(const StepTensor& tensor, const math::AdamStep& step, int64_t begin, int64_t end);
-  int64_t (*sgd)(const StepTensor& tensor, const math::SgdStep& step, int64_t begin, int64_t end);
+  StepKernel<math::AdamConstants> adam;
+  StepKernel<math::SgdConstants> sgd;
+  StepKernel<math::LionConstants> lion;
+  StepKernel<math::AdagradConstants> adagrad;
+  StepKernel<math::LambConstants> lamb;
+  StepKernel<math::NovoGradConstants> novograd;
+  NormsKernel<math::LambConstants> lamb_norms;
+  NormsKernel<math::NovoGradConstants> novograd_norms;
 
   /// Writes weight and master from values of the compute type; returns how many elements do not fit
   /// the 16-bit range and were left alone.
@@ -38,6 +57,12 @@ struct Kernels {
   void (*read_masters)(const StepTensor& tensor, void* values, int64_t begin, int64_t end);
   /// Masters that do not round to their weight: counted and, unless `dry_run`, set to the weight.
   int64_t (*refresh_masters)(const StepTensor& tensor, bool dry_run, int64_t begin, int64_t end);
+
+  /// FP32 values of tensor.state[0], which is BF16 or int8, and back.
+  void (*read_state)(const StepTensor& tensor, bool is_signed, void* values, int64_t begin,
+                     int64_t end);
+  void (*write_state)(const StepTensor& tensor, bool is_signed, const void* values, uint32_t key,
+                      int64_t begin, int64_t end);
 };
 
 extern const Kernels kKernelsDefault;

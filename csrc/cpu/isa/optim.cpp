@@ -1,4 +1,6 @@
-// adam, sgd:  unscale x clip x update x 16-bit write in one pass; formulas in csrc/math/optim.h.
+// steps:  unscale x clip x update x 16-bit write (x EMA x zeroed gradient) in one pass over a
+//   parameter; rules in csrc/math/optim.h, states and masters in csrc/math/states.h. The common
+//   combinations are compiled apart, the others share one loop that chooses at run time.
 //   Bytes an FP16 parameter with split16 and FP32 states: gradient 2, weight 2+2, remainder 2+2,
 //   m 4+4, v 4+4 = 26 (and 2 of grad_stats).
 //   An element whose 16-bit weight would leave its range keeps weight, master and states, and
@@ -7,7 +9,9 @@
 // write_masters, read_masters, refresh_masters:  conversions between exact values and what is held.
 // Tests: tests/cpp/optim_test.cpp, tests/python/test_optim.py.
 
-#include "slots.h"
+#include <type_traits>
+
+#include "states.h"
 
 namespace halfstep::cpu::inline HALFSTEP_ISA {
 
@@ -19,183 +23,295 @@ HALFSTEP_FN void keep(const M& mask, V& value, const V& old) {
   value = select(mask, old, value);
 }
 
-template <class V>
-HALFSTEP_FN V load_state(const char* state, int64_t i) {
-  return load_lanes(reinterpret_cast<const typename Traits<V>::Scalar*>(state) + i);
-}
-template <class V>
-HALFSTEP_FN void store_state(char* state, int64_t i, const V& x) {
-  store_lanes(reinterpret_cast<typename Traits<V>::Scalar*>(state) + i, x);
+/// The arrays of a step in the order of walk(): parameter, master, gradient, EMA, states.
+enum { kParam, kMaster, kGrad, kEma, kState };
+
+template <class R, int kStates, class S>
+Arrays<kState + kStates> arrays_of(const StepTensor& t, const typename R::Constants& c,
+                                   const S& slot, bool writes) {
+  constexpr int64_t kWide = sizeof(typename S::T);
+  Arrays<kState + kStates> a = {};
+  a.set(kParam, t.param, slot.param_size(), writes);
+  a.set(kMaster, t.master, slot.master_size(), writes);
+  a.set(kGrad, t.grad, dtype_size(t.grad_dtype), writes && c.zero_grads);
+  a.set(kEma, t.ema, writes && t.ema ? kWide : 0, writes);
+  for (int s = 0; s < kStates; ++s)
+    a.set(kState + s, t.state[s], S::kAny ? state_size(t, kWide) : kWide, writes);
+  return a;
 }
 
-template <class S, bool kAmsgrad>
-int64_t adam_pass(const StepTensor& t, const AdamStep& step, int64_t begin, int64_t end) {
+HALFSTEP_FN void zero_lanes(char* grad, Dtype dtype, int64_t i) {
+  const int64_t size = dtype_size(dtype);
+  __builtin_memset(grad + i * size, 0, size_t(size * kLanes));
+}
+
+/// Update of sixteen elements but for the states, which are in s and stay there.
+template <class R, int kStates, class S>
+HALFSTEP_FN int64_t step_lanes(const StepTensor& t, const typename R::Constants& c, const S& slot,
+                               char* const* data, int64_t i, int64_t element,
+                               typename S::Value* s) {
   using V = typename S::Value;
-  constexpr int64_t kState = sizeof(typename S::T);
-  const Arrays<6> arrays = {
-      {static_cast<char*>(t.param), static_cast<char*>(t.master),
-       static_cast<char*>(const_cast<void*>(t.grad)), static_cast<char*>(t.state1),
-       static_cast<char*>(t.state2), static_cast<char*>(t.state3)},
-      {S::kParamSize, S::kMasterSize, dtype_size(t.grad_dtype), kState, kState,
-       kAmsgrad ? kState : 0},
-      {true, true, false, true, true, true}};
-  const AdamStep c = step;
-  const Dtype grad_dtype = t.grad_dtype;
+  V p = slot.load(data[kParam], data[kMaster], i), old[kStates + 1];
+  for (int k = 0; k < kStates; ++k) old[k] = s[k];
+  old[kStates] = p;
+  R::update(c, load_any<V>(data[kGrad], t.grad_dtype, i), p, s);
+  if (c.zero_grads) zero_lanes(data[kGrad], t.grad_dtype, i);
+  int64_t kept = 0;
+  if (slot.sixteen()) {
+    const auto leaves = slot.leaves_range(p);
+    if (__builtin_expect(any(leaves), 0)) {
+      kept = count(leaves);
+      keep(leaves, p, old[kStates]);
+      for (int k = 0; k < kStates; ++k) keep(leaves, s[k], old[k]);
+    }
+  }
+  slot.store(data[kParam], data[kMaster], i, p, element);
+  if (t.ema) {
+    const V ema = load_wide<V>(data[kEma], i);
+    store_wide(data[kEma], i, fma(constant<V>(c.ema_blend), p - ema, ema));
+  }
+  return kept;
+}
+
+template <class R, int kStates, class S>
+int64_t step_pass(const StepTensor& tensor, const typename R::Constants& constants, const S& slot,
+                  int64_t begin, int64_t end) {
+  using V = typename S::Value;
+  const StepTensor t = tensor;  // copies, which no store of the loop can touch
+  const typename R::Constants c = constants;
   return walk(
-      arrays, begin, end, [&](char* const* data, int64_t i) __attribute__((always_inline)) {
-        V p = S::load(data[0], data[1], i);
-        V m = load_state<V>(data[3], i), v = load_state<V>(data[4], i), v_max = v;
-        if constexpr (kAmsgrad) v_max = load_state<V>(data[5], i);
-        const V old_p = p, old_m = m, old_v = v, old_max = v_max;
-        adam_update(c, load_any<V>(data[2], grad_dtype, i), p, m, v, v_max);
-        int64_t kept = 0;
-        if constexpr (S::kSixteen) {
-          const auto leaves = S::leaves_range(p);
-          if (__builtin_expect(any(leaves), 0)) {
-            kept = count(leaves);
-            keep(leaves, p, old_p);
-            keep(leaves, m, old_m);
-            keep(leaves, v, old_v);
-            keep(leaves, v_max, old_max);
-          }
-        }
-        S::store(data[0], data[1], i, p);
-        store_state(data[3], i, m);
-        store_state(data[4], i, v);
-        if constexpr (kAmsgrad) store_state(data[5], i, v_max);
+      arrays_of<R, kStates>(t, c, slot, true), begin,
+      end, [&](char* const* data, int64_t i, int64_t element) __attribute__((always_inline)) {
+        V s[R::kStates];
+        for (V& unused : s) unused = constant<V>(0);
+        for (int k = 0; k < kStates; ++k)
+          if constexpr (S::kAny)
+            s[k] = load_state<R, V>(t, k, data[kState + k], i, element);
+          else
+            s[k] = load_wide<V>(data[kState + k], i);
+        const int64_t kept = step_lanes<R, kStates>(t, c, slot, data, i, element, s);
+        for (int k = 0; k < kStates; ++k)
+          if constexpr (S::kAny)
+            store_state(t, k, data[kState + k], i, s[k], c.random, element);
+          else
+            store_wide(data[kState + k], i, s[k]);
         return kept;
       });
 }
 
-template <class S, bool kMomentum>
-int64_t sgd_pass(const StepTensor& t, const SgdStep& step, int64_t begin, int64_t end) {
-  using V = typename S::Value;
-  constexpr int64_t kState = sizeof(typename S::T);
-  const Arrays<4> arrays = {
-      {static_cast<char*>(t.param), static_cast<char*>(t.master),
-       static_cast<char*>(const_cast<void*>(t.grad)), static_cast<char*>(t.state1)},
-      {S::kParamSize, S::kMasterSize, dtype_size(t.grad_dtype), kMomentum ? kState : 0},
-      {true, true, false, true}};
-  const SgdStep c = step;
-  const Dtype grad_dtype = t.grad_dtype;
-  return walk(
-      arrays, begin, end, [&](char* const* data, int64_t i) __attribute__((always_inline)) {
-        V p = S::load(data[0], data[1], i), buffer = broadcast<V>(0);
-        if constexpr (kMomentum) buffer = load_state<V>(data[3], i);
-        const V old_p = p, old_buffer = buffer;
-        sgd_update(c, load_any<V>(data[2], grad_dtype, i), p, buffer);
+/// int8 states: a block's scale is known only once all of it is updated.
+template <class R, int kStates>
+int64_t int8_pass(const StepTensor& t, const typename R::Constants& c, const AnySlot<F32>& slot,
+                  int64_t begin, int64_t end) {
+  return walk<kState + kStates, kStateBlock>(
+      arrays_of<R, kStates>(t, c, slot, true), begin, end,
+      [&](char* const* data, int64_t i, int64_t element) {
+        alignas(64) float fresh[kStates + 1][kStateBlock];
         int64_t kept = 0;
-        if constexpr (S::kSixteen) {
-          const auto leaves = S::leaves_range(p);
-          if (__builtin_expect(any(leaves), 0)) {
-            kept = count(leaves);
-            keep(leaves, p, old_p);
-            keep(leaves, buffer, old_buffer);
-          }
+        const int64_t count = end - element < kStateBlock ? end - element : kStateBlock;
+        for (int64_t j = 0; j < count; j += kLanes) {
+          F32 s[R::kStates];
+          for (F32& unused : s) unused = constant<F32>(0);
+          for (int k = 0; k < kStates; ++k)
+            s[k] = load_state<R, F32>(t, k, data[kState + k], i + j, element);
+          kept += step_lanes<R, kStates>(t, c, slot, data, i + j, element + j, s);
+          for (int k = 0; k < kStates; ++k) store_lanes(fresh[k] + j, s[k]);
         }
-        S::store(data[0], data[1], i, p);
-        if constexpr (kMomentum) store_state(data[3], i, buffer);
+        for (int k = 0; k < kStates; ++k) {
+          auto* codes = reinterpret_cast<int8_t*>(data[kState + k]) + i;
+          int8_t* exponent = t.exponent[k] + element / kStateBlock;
+          const auto store = R::kSigned[k] ? store_block<true> : store_block<false>;
+          store(fresh[k], count, codes, exponent, c.random, uint32_t(k) + 1, element);
+        }
         return kept;
       });
+}
+
+/// body(States<n>) with the number of elementwise states that the step keeps.
+template <int kStates>
+struct States {
+  static constexpr int kCount = kStates;
+};
+template <class R, class Body>
+auto with_states(const StepTensor& t, const Body& body) {
+  int count = 0;
+  while (count < R::kStates && t.state[count]) ++count;
+  if constexpr (R::kFewestStates < R::kStates)
+    if (count < R::kStates) return body(States<R::kFewestStates>{});
+  return body(States<R::kStates>{});
+}
+
+template <class R>
+int64_t step(const StepTensor& t, const typename R::Constants& c, int64_t begin, int64_t end) {
+  return with_states<R>(t, [&](auto states) {
+    constexpr int kStates = decltype(states)::kCount;
+    int64_t kept = 0;
+    if (t.state_kind == StateKind::kWide && with_common_slot(t, [&](auto slot) {
+          kept = step_pass<R, kStates>(t, c, slot, begin, end);
+        }))
+      return kept;
+    return with_any_slot(t, c.random, [&](const auto& slot) {
+      if constexpr (sizeof(slot.load(nullptr, nullptr, 0)) == sizeof(F32))
+        if (kStates > 0 && t.state_kind == StateKind::kInt8)
+          return int8_pass<R, kStates>(t, c, slot, begin, end);
+      return step_pass<R, kStates>(t, c, slot, begin, end);
+    });
+  });
+}
+
+/// Sums of the squares of what R::norms gives.
+template <class R>
+Norms norms(const StepTensor& t, const typename R::Constants& c, int64_t begin, int64_t end) {
+  return with_any_slot(t, 0, [&](const auto& slot) {
+    using S = std::decay_t<decltype(slot)>;
+    using V = typename S::Value;
+    F64 a2 = broadcast<F64>(0), b2 = a2;
+    const auto wide = [](const V& x) {
+      if constexpr (sizeof(V) == sizeof(F64))
+        return x;
+      else
+        return to_double(x);
+    };
+    walk(arrays_of<R, R::kStates>(t, c, slot, false), begin, end,
+         [&](char* const* data, int64_t i, int64_t element) {
+           V s[R::kStates], a, b;
+           for (int k = 0; k < R::kStates; ++k)
+             s[k] = load_state<R, V>(t, k, data[kState + k], i, element);
+           R::norms(c, load_any<V>(data[kGrad], t.grad_dtype, i),
+                    slot.load(data[kParam], data[kMaster], i), s, a, b);
+           if (element + kLanes > end) {  // eps = 0 makes 0 / 0 of the padding
+             a = first_lanes(a, end - element);
+             b = first_lanes(b, end - element);
+           }
+           a2 = fma(wide(a), wide(a), a2);
+           b2 = fma(wide(b), wide(b), b2);
+           return int64_t{0};
+         });
+    return Norms{sum_lanes(a2), sum_lanes(b2)};
+  });
 }
 
 }  // namespace
 
-int64_t adam(const StepTensor& tensor, const AdamStep& step, int64_t begin, int64_t end) {
-  int64_t kept = 0;
-  with_slot(tensor, [&](auto slot) {
-    using S = decltype(slot);
-    kept = step.amsgrad ? adam_pass<S, true>(tensor, step, begin, end)
-                        : adam_pass<S, false>(tensor, step, begin, end);
-  });
-  return kept;
+int64_t adam(const StepTensor& t, const AdamConstants& c, int64_t begin, int64_t end) {
+  return step<AdamRule>(t, c, begin, end);
 }
-
-int64_t sgd(const StepTensor& tensor, const SgdStep& step, int64_t begin, int64_t end) {
-  int64_t kept = 0;
-  with_slot(tensor, [&](auto slot) {
-    using S = decltype(slot);
-    kept = step.momentum != 0 ? sgd_pass<S, true>(tensor, step, begin, end)
-                              : sgd_pass<S, false>(tensor, step, begin, end);
-  });
-  return kept;
+int64_t sgd(const StepTensor& t, const SgdConstants& c, int64_t begin, int64_t end) {
+  return step<SgdRule>(t, c, begin, end);
+}
+int64_t lion(const StepTensor& t, const LionConstants& c, int64_t begin, int64_t end) {
+  return step<LionRule>(t, c, begin, end);
+}
+int64_t adagrad(const StepTensor& t, const AdagradConstants& c, int64_t begin, int64_t end) {
+  return step<AdagradRule>(t, c, begin, end);
+}
+int64_t lamb(const StepTensor& t, const LambConstants& c, int64_t begin, int64_t end) {
+  return step<LambRule>(t, c, begin, end);
+}
+int64_t novograd(const StepTensor& t, const NovoGradConstants& c, int64_t begin, int64_t end) {
+  return step<NovoGradRule>(t, c, begin, end);
+}
+Norms lamb_norms(const StepTensor& t, const LambConstants& c, int64_t begin, int64_t end) {
+  return norms<LambRule>(t, c, begin, end);
+}
+Norms novograd_norms(const StepTensor& t, const NovoGradConstants& c, int64_t begin, int64_t end) {
+  return norms<NovoGradRule>(t, c, begin, end);
 }
 
 int64_t write_masters(const StepTensor& tensor, const void* values, int64_t begin, int64_t end) {
-  int64_t kept = 0;
-  with_slot(tensor, [&](auto slot) {
-    using S = decltype(slot);
-    using V = typename S::Value;
-    const Arrays<3> arrays = {{static_cast<char*>(tensor.param), static_cast<char*>(tensor.master),
-                               static_cast<char*>(const_cast<void*>(values))},
-                              {S::kParamSize, S::kMasterSize, sizeof(typename S::T)},
-                              {true, true, false}};
-    kept = walk(arrays, begin, end, [](char* const* data, int64_t i) {
-      V x = load_state<V>(data[2], i);
+  return with_any_slot(tensor, 0, [&](auto slot) {
+    using V = typename decltype(slot)::Value;
+    Arrays<3> arrays = {};
+    arrays.set(0, tensor.param, slot.param_size(), true);
+    arrays.set(1, tensor.master, slot.master_size(), true);
+    arrays.set(2, values, sizeof(typename decltype(slot)::T), false);
+    return walk(arrays, begin, end, [&](char* const* data, int64_t i, int64_t) {
+      V x = load_wide<V>(data[2], i);
       int64_t leaving = 0;
-      if constexpr (S::kSixteen) {
-        const auto leaves = S::leaves_range(x);
+      if (slot.sixteen()) {
+        const auto leaves = slot.leaves_range(x);
         leaving = count(leaves);
-        if (leaving > 0) keep(leaves, x, S::load(data[0], data[1], i));
+        if (leaving > 0) keep(leaves, x, slot.load(data[0], data[1], i));
       }
-      S::store(data[0], data[1], i, x);
+      slot.store_nearest(data[0], data[1], i, x);
       return leaving;
     });
   });
-  return kept;
 }
 
 void read_masters(const StepTensor& tensor, void* values, int64_t begin, int64_t end) {
-  with_slot(tensor, [&](auto slot) {
-    using S = decltype(slot);
-    using V = typename S::Value;
-    const Arrays<3> arrays = {{static_cast<char*>(tensor.param), static_cast<char*>(tensor.master),
-                               static_cast<char*>(values)},
-                              {S::kParamSize, S::kMasterSize, sizeof(typename S::T)},
-                              {false, false, true}};
-    walk(arrays, begin, end, [](char* const* data, int64_t i) {
-      store_state<V>(data[2], i, S::load(data[0], data[1], i));
+  with_any_slot(tensor, 0, [&](auto slot) {
+    Arrays<3> arrays = {};
+    arrays.set(0, tensor.param, slot.param_size(), false);
+    arrays.set(1, tensor.master, slot.master_size(), false);
+    arrays.set(2, values, sizeof(typename decltype(slot)::T), true);
+    return walk(arrays, begin, end, [&](char* const* data, int64_t i, int64_t) {
+      store_wide(data[2], i, slot.load(data[0], data[1], i));
       return int64_t{0};
     });
   });
 }
 
-namespace {
-
 /// Masters whose rounding is not the weight. Values are compared, so -0 equals +0; NaN equals NaN.
-template <class S>
-int64_t refresh_pass(const StepTensor& tensor, bool dry_run, int64_t begin, int64_t end) {
-  using V = typename S::Value;
-  const Arrays<2> arrays = {{static_cast<char*>(tensor.param), static_cast<char*>(tensor.master)},
-                            {S::kParamSize, S::kMasterSize},
-                            {false, true}};
-  return walk(arrays, begin, end, [&](char* const* data, int64_t i) {
-    const V weight = load_any<V>(data[0], S::kParamDtype, i);
-    const V master = S::load(data[0], data[1], i);
-    alignas(64) char rounded_param[kLanes * 8], scratch[kLanes * 8] = {};
-    S::store(rounded_param, scratch, 0, master);
-    const V rounded = load_any<V>(rounded_param, S::kParamDtype, 0);
-    const auto differs = (rounded != weight) & ((rounded == rounded) | (weight == weight));
-    const int64_t changed = count(differs);
-    if (changed > 0 && !dry_run) {
-      V fresh = master;
-      keep(differs, fresh, weight);
-      S::store(rounded_param, data[1] + i * S::kMasterSize, 0, fresh);
-    }
-    return changed;
+int64_t refresh_masters(const StepTensor& tensor, bool dry_run, int64_t begin, int64_t end) {
+  return with_any_slot(tensor, 0, [&](auto slot) {
+    using V = typename decltype(slot)::Value;
+    if (slot.master_size() == 0) return int64_t{0};
+    Arrays<2> arrays = {};
+    arrays.set(0, tensor.param, slot.param_size(), false);
+    arrays.set(1, tensor.master, slot.master_size(), true);
+    return walk(arrays, begin, end, [&](char* const* data, int64_t i, int64_t) {
+      const V weight = load_any<V>(data[0], slot.dtype, i);
+      const V master = slot.load(data[0], data[1], i);
+      alignas(64) char rounded_param[kLanes * 8], scratch[kLanes * 8] = {};
+      slot.store_nearest(rounded_param, scratch, 0, master);
+      const V rounded = load_any<V>(rounded_param, slot.dtype, 0);
+      const auto differs = (rounded != weight) & ((rounded == rounded) | (weight == weight));
+      const int64_t changed = count(differs);
+      if (changed > 0 && !dry_run) {
+        V fresh = master;
+        keep(differs, fresh, weight);
+        slot.store_nearest(rounded_param, data[1] + i * slot.master_size(), 0, fresh);
+      }
+      return changed;
+    });
   });
 }
 
-}  // namespace
-
-int64_t refresh_masters(const StepTensor& tensor, bool dry_run, int64_t begin, int64_t end) {
-  int64_t changed = 0;
-  with_slot(tensor, [&](auto slot) {
-    using S = decltype(slot);
-    if constexpr (S::kMasterKind != MasterKind::kNone)
-      changed = refresh_pass<S>(tensor, dry_run, begin, end);
+/// Values of an int8 or BF16 state in FP32, and back. A state is positive or signed (`is_signed`).
+void read_state(const StepTensor& t, bool is_signed, void* values, int64_t begin, int64_t end) {
+  Arrays<2> arrays = {};
+  arrays.set(0, t.state[0], state_size(t, 4), false);
+  arrays.set(1, values, 4, true);
+  walk(arrays, begin, end, [&](char* const* data, int64_t i, int64_t element) {
+    store_wide(data[1], i,
+               is_signed ? load_state<SgdRule, F32>(t, 0, data[0], i, element)
+                         : load_state<AdagradRule, F32>(t, 0, data[0], i, element));
+    return int64_t{0};
   });
-  return changed;
+}
+
+void write_state(const StepTensor& t, bool is_signed, const void* values, uint32_t key,
+                 int64_t begin, int64_t end) {
+  Arrays<2> arrays = {};
+  arrays.set(0, t.state[0], state_size(t, 4), true);
+  arrays.set(1, values, 4, false);
+  if (t.state_kind != StateKind::kInt8) {
+    walk(arrays, begin, end, [&](char* const* data, int64_t i, int64_t element) {
+      store_state(t, 0, data[0], i, load_wide<F32>(data[1], i), key, element);
+      return int64_t{0};
+    });
+    return;
+  }
+  walk<2, kStateBlock>(arrays, begin, end, [&](char* const* data, int64_t i, int64_t element) {
+    alignas(64) float fresh[kStateBlock];
+    __builtin_memcpy(fresh, data[1] + 4 * i, sizeof(fresh));
+    const int64_t count = end - element < kStateBlock ? end - element : kStateBlock;
+    const auto store = is_signed ? store_block<true> : store_block<false>;
+    store(fresh, count, reinterpret_cast<int8_t*>(data[0]) + i,
+          t.exponent[0] + element / kStateBlock, key, 1, element);
+    return int64_t{0};
+  });
 }
 
 }  // namespace halfstep::cpu::inline HALFSTEP_ISA

@@ -4,19 +4,27 @@
 // the exact weight as V and stores a new one. One pass over elements [begin, end), sixteen at a
 // time, the last few through a padded copy, so that they go through the very same operations.
 
-#include "../../math/split16.h"
+#include "../../math/optim.h"
 #include "parts.h"
 
 namespace halfstep::cpu::inline HALFSTEP_ISA {
 
 using namespace math;
 
-template <MasterKind kMaster>
-constexpr int64_t master_size() {
-  return kMaster == MasterKind::kNone      ? 0
-         : kMaster == MasterKind::kSplit16 ? 2
-         : kMaster == MasterKind::kF32     ? 4
-                                           : 8;
+constexpr int64_t size_of_master(MasterKind kind) {
+  switch (kind) {
+    case MasterKind::kSplit8:
+      return 1;
+    case MasterKind::kSplit16:
+    case MasterKind::kKahan:
+      return 2;
+    case MasterKind::kF32:
+      return 4;
+    case MasterKind::kF64:
+      return 8;
+    default:
+      return 0;
+  }
 }
 
 HALFSTEP_FN F32 narrow(const F32& x) { return x; }
@@ -40,11 +48,10 @@ template <class V, Dtype kParam, MasterKind kMaster>
 struct Slot {
   using Value = V;
   using T = typename Traits<V>::Scalar;
-  static constexpr Dtype kParamDtype = kParam;
-  static constexpr MasterKind kMasterKind = kMaster;
-  static constexpr bool kSixteen = kParam == Dtype::kF16 || kParam == Dtype::kBF16;
-  static constexpr int64_t kParamSize = dtype_size(kParam);
-  static constexpr int64_t kMasterSize = master_size<kMaster>();
+  static constexpr bool kAny = false;
+  static constexpr bool sixteen() { return kParam == Dtype::kF16 || kParam == Dtype::kBF16; }
+  static constexpr int64_t param_size() { return dtype_size(kParam); }
+  static constexpr int64_t master_size() { return size_of_master(kMaster); }
 
   HALFSTEP_FN static V load(const char* param, const char* master, int64_t i) {
     const auto* bits = reinterpret_cast<const uint16_t*>(param) + i;
@@ -68,7 +75,7 @@ struct Slot {
     return abs(x) >= broadcast<V>(T(kParam == Dtype::kF16 ? kHalfLimit : kBfloatLimit));
   }
 
-  HALFSTEP_FN static void store(char* param, char* master, int64_t i, const V& x) {
+  HALFSTEP_FN static void store(char* param, char* master, int64_t i, const V& x, int64_t = 0) {
     auto* bits = reinterpret_cast<uint16_t*>(param) + i;
     if constexpr (kMaster == MasterKind::kSplit16) {
       auto* remainder = reinterpret_cast<int16_t*>(master) + i;
@@ -100,41 +107,164 @@ struct Slot {
   }
 };
 
-template <Dtype kDtype>
-struct DtypeConstant {
-  static constexpr Dtype kValue = kDtype;
+/// The same for any parameter computed in V, chosen at run time: one copy of the code instead of
+/// one for each dtype and kind of master.
+template <class V>
+struct AnySlot {
+  using Value = V;
+  using T = typename Traits<V>::Scalar;
+  const Dtype dtype;
+  const MasterKind kind;
+  const uint32_t key;  ///< of kStochastic
+  static constexpr bool kAny = true;
+  explicit AnySlot(const StepTensor& tensor, uint32_t key = 0)
+      : dtype(tensor.param_dtype), kind(tensor.master_kind), key(key) {}
+
+  bool sixteen() const { return dtype == Dtype::kF16 || dtype == Dtype::kBF16; }
+  int64_t param_size() const { return dtype_size(dtype); }
+  int64_t master_size() const { return size_of_master(kind); }
+  HALFSTEP_FN auto leaves_range(const V& x) const {
+    return abs(x) >= constant<V>(dtype == Dtype::kF16    ? double(kHalfLimit)
+                                 : dtype == Dtype::kBF16 ? double(kBfloatLimit)
+                                                         : __builtin_inf());
+  }
+
+  V load(const char* param, const char* master, int64_t i) const {
+    if (kind == MasterKind::kF32) return widen<V>(load_lanes((const float*)master + i));
+    if constexpr (sizeof(T) == 8) {
+      if (kind == MasterKind::kF64) return load_lanes((const double*)master + i);
+    } else {
+      const auto* bits = (const uint16_t*)param + i;
+      const bool half = dtype == Dtype::kF16;
+      const auto bfloat = [&] { return load_int16((const int16_t*)bits); };
+      if (kind == MasterKind::kSplit16) {
+        const I32 remainder = load_int16((const int16_t*)master + i);
+        return half ? join_half(load_half(bits), remainder) : join_bfloat(bfloat(), remainder);
+      }
+      if (kind == MasterKind::kSplit8) {
+        const I32 remainder = load_int8((const int8_t*)master + i);
+        return half ? join8_half(load_half(bits), remainder) : join8_bfloat(bfloat(), remainder);
+      }
+      if (kind == MasterKind::kKahan)
+        return load_any<V>(param, dtype, i) + load_any<V>(master, dtype, i);
+    }
+    return load_any<V>(param, dtype, i);
+  }
+
+  /// `element`: position of i in the tensor, which i is not in a padded copy.
+  void store(char* param, char* master, int64_t i, const V& x, int64_t element = 0) const {
+    if constexpr (sizeof(T) == 8) {
+      if (kind == MasterKind::kF64) store_lanes((double*)master + i, x);
+      store_param(param, i, x);
+    } else {
+      switch (kind) {
+        case MasterKind::kSplit16:
+        case MasterKind::kSplit8:
+          return store_split(param, master, i, x);
+        case MasterKind::kKahan:
+          return store_kahan(param, master, i, x);
+        case MasterKind::kStochastic: {
+          const auto random = random_bits<V>(key, 0, element);
+          return store_param(param, i,
+                             dtype == Dtype::kF16 ? round_half_at_random(x, random)
+                                                  : round_bfloat_at_random(x, random));
+        }
+        case MasterKind::kF32:
+          store_lanes((float*)master + i, x);
+          [[fallthrough]];
+        default:
+          store_param(param, i, x);
+      }
+    }
+  }
+
+  /// As store(), never at random.
+  void store_nearest(char* param, char* master, int64_t i, const V& x) const {
+    if (kind == MasterKind::kStochastic)
+      store_param(param, i, x);
+    else
+      store(param, master, i, x);
+  }
+
+  /// The weight rounded once from the exact value.
+  void store_param(char* param, int64_t i, const V& x) const {
+    switch (dtype) {
+      case Dtype::kF16:
+        return store_half((uint16_t*)param + i, narrow(x));
+      case Dtype::kBF16:
+        return store_bfloat((uint16_t*)param + i, narrow(x));
+      case Dtype::kF32:
+        if constexpr (sizeof(T) == 8)
+          return store_lanes((float*)param + i, to_single(x));
+        else
+          return store_lanes((float*)param + i, x);
+      default:
+        if constexpr (sizeof(T) == 8) store_lanes((double*)param + i, x);
+    }
+  }
+
+ private:
+  void store_split(char* param, char* master, int64_t i, const F32& x) const {
+    auto* bits = (uint16_t*)param + i;
+    const bool coarse = kind == MasterKind::kSplit8;
+    I32 remainder;
+    if (dtype == Dtype::kF16) {
+      store_half(bits, x);
+      const F32 h = load_half(bits);
+      remainder = coarse ? remainder8_half(x, h) : remainder_half(x, h);
+    } else {
+      const I32 h = bfloat_away(x);
+      store_int16((int16_t*)bits, h);
+      remainder = coarse ? remainder8_bfloat(x, h) : remainder_bfloat(x, h);
+    }
+    if (coarse)
+      store_int8((int8_t*)master + i, remainder);
+    else
+      store_int16((int16_t*)master + i, remainder);
+  }
+
+  /// What is kept must not reach the middle between two weights, or the sum would round to another
+  /// one: there it is taken one step nearer to zero.
+  void store_kahan(char* param, char* master, int64_t i, const F32& x) const {
+    store_param(param, i, x);
+    const F32 weight = load_any<F32>(param, dtype, i);
+    F32 error = x - weight;
+    error = select(error == error, error, broadcast<F32>(0));
+    store_param(master, i, error);
+    alignas(64) char rounded[kLanes * 8];
+    store_param(rounded, 0, weight + load_any<F32>(master, dtype, i));
+    const I32 crosses = load_any<F32>(rounded, dtype, 0) != weight;
+    const I32 bits = load_int16((const int16_t*)master + i);
+    store_int16((int16_t*)master + i, bits + (crosses & (weight == weight)));
+  }
 };
 
-/// Calls `body(Slot)` with the slot type of `tensor`; false for a combination that does not exist.
+/// Calls `body(AnySlot)` with the compute type of `tensor`.
 template <class Body>
-bool with_slot(const StepTensor& tensor, const Body& body) {
-  const auto sixteen = [&](auto dtype) {
-    constexpr Dtype kParam = decltype(dtype)::kValue;
-    switch (tensor.master_kind) {
-      case MasterKind::kNone:
-        return body(Slot<F32, kParam, MasterKind::kNone>{}), true;
-      case MasterKind::kSplit16:
-        return body(Slot<F32, kParam, MasterKind::kSplit16>{}), true;
-      case MasterKind::kF32:
-        return body(Slot<F32, kParam, MasterKind::kF32>{}), true;
-      case MasterKind::kF64:
-        return body(Slot<F64, kParam, MasterKind::kF64>{}), true;
-    }
-    return false;
-  };
+auto with_any_slot(const StepTensor& tensor, uint32_t key, const Body& body) {
+  const bool wide = tensor.param_dtype == Dtype::kF64 || tensor.master_kind == MasterKind::kF64;
+  return wide ? body(AnySlot<F64>(tensor, key)) : body(AnySlot<F32>(tensor, key));
+}
+
+/// Calls `body(Slot)` for the combinations that most training runs in, and returns true; false for
+/// the others, which AnySlot serves.
+template <class Body>
+bool with_common_slot(const StepTensor& tensor, const Body& body) {
   switch (tensor.param_dtype) {
     case Dtype::kF16:
-      return sixteen(DtypeConstant<Dtype::kF16>{});
+      if (tensor.master_kind == MasterKind::kSplit16)
+        return body(Slot<F32, Dtype::kF16, MasterKind::kSplit16>{}), true;
+      if (tensor.master_kind == MasterKind::kF32)
+        return body(Slot<F32, Dtype::kF16, MasterKind::kF32>{}), true;
+      return false;
     case Dtype::kBF16:
-      return sixteen(DtypeConstant<Dtype::kBF16>{});
+      if (tensor.master_kind != MasterKind::kSplit16) return false;
+      return body(Slot<F32, Dtype::kBF16, MasterKind::kSplit16>{}), true;
     case Dtype::kF32:
-      if (tensor.master_kind == MasterKind::kF64)
-        return body(Slot<F64, Dtype::kF32, MasterKind::kF64>{}), true;
       if (tensor.master_kind != MasterKind::kNone) return false;
       return body(Slot<F32, Dtype::kF32, MasterKind::kNone>{}), true;
     default:
-      if (tensor.master_kind != MasterKind::kNone) return false;
-      return body(Slot<F64, Dtype::kF64, MasterKind::kNone>{}), true;
+      return false;
   }
 }
 
@@ -144,17 +274,24 @@ struct Arrays {
   char* data[kArrays];
   int64_t size[kArrays];  ///< bytes an element
   bool written[kArrays];
+
+  void set(int a, const void* memory, int64_t element_size, bool is_written) {
+    data[a] = static_cast<char*>(const_cast<void*>(memory));
+    size[a] = element_size;
+    written[a] = is_written;
+  }
 };
 
-/// Runs `group(data, i, lanes)` over [begin, end): sixteen elements at a time; the remainder runs
-/// on zero-padded copies, of which the first `lanes` elements are copied back.
-template <int kArrays, class Group>
+/// Runs `group(data, i, element)` over [begin, end), kStride elements at a time; the remainder runs
+/// on zero-padded copies (i = 0), of which the elements that exist are copied back. `element` is
+/// where the group lies in the tensor.
+template <int kArrays, int kStride = kLanes, class Group>
 HALFSTEP_FN int64_t walk(const Arrays<kArrays>& arrays, int64_t begin, int64_t end,
                          const Group& group) {
   int64_t total = 0, i = begin;
-  for (; i + kLanes <= end; i += kLanes) total += group(arrays.data, i);
+  for (; i + kStride <= end; i += kStride) total += group(arrays.data, i, i);
   if (i == end) return total;
-  alignas(64) char copy[kArrays][kLanes * 8] = {};
+  alignas(64) char copy[kArrays][kStride * 8] = {};
   char* data[kArrays];
   for (int a = 0; a < kArrays; ++a) {
     data[a] = copy[a];
@@ -162,7 +299,7 @@ HALFSTEP_FN int64_t walk(const Arrays<kArrays>& arrays, int64_t begin, int64_t e
       __builtin_memcpy(copy[a], arrays.data[a] + i * arrays.size[a],
                        size_t((end - i) * arrays.size[a]));
   }
-  total += group(data, 0);
+  total += group(data, 0, i);
   for (int a = 0; a < kArrays; ++a)
     if (arrays.written[a] && arrays.size[a] > 0)
       __builtin_memcpy(arrays.data[a] + i * arrays.size[a], copy[a],

@@ -2,7 +2,21 @@
 
 namespace halfstep::cpu {
 
-const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME, grad_stats,   unscale,        adam, sgd,
-                                write_masters,     read_masters, refresh_masters};
+const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME,
+                                grad_stats,
+                                unscale,
+                                adam,
+                                sgd,
+                                lion,
+                                adagrad,
+                                lamb,
+                                novograd,
+                                lamb_norms,
+                                novograd_norms,
+                                write_masters,
+                                read_masters,
+                                refresh_masters,
+                                read_state,
+                                write_state};
 
 }  // namespace halfstep::cpu

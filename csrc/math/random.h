@@ -1,0 +1,96 @@
+#pragma once
+
+// Random bits that depend on (key, index) and nothing else: a step can be replayed to the bit, on
+// any instruction set and on the device. And rounding by them: up with the probability of the part
+// that nearest rounding would drop, so that the expected value is kept.
+// The mixer is the two-round xorshift-multiply hash "lowbias32" (C. Wellons, hash-prospector).
+
+#include "vec.h"
+
+HALFSTEP_MATH_BEGIN
+
+template <class U>
+HALFSTEP_FN U mix(U x) {
+  x = x ^ (x >> 16);
+  x = x * broadcast<U>(0x7feb352du);
+  x = x ^ (x >> 15);
+  x = x * broadcast<U>(0x846ca68bu);
+  return x ^ (x >> 16);
+}
+
+/// The key of one tensor in one step.
+HALFSTEP_FN uint32_t random_key(int64_t seed, int64_t step, int64_t tensor) {
+  uint32_t key = 0x9e3779b9u;
+  const int64_t parts[] = {seed, step, tensor};
+  for (const int64_t part : parts) {
+    key = mix(key ^ uint32_t(part));
+    key = mix(key ^ uint32_t(part >> 32));
+  }
+  return key;
+}
+
+/// Bits of element i, or of the sixteen from i on. `stream` keeps the uses within one step apart.
+template <class V>
+HALFSTEP_FN auto random_bits(uint32_t key, uint32_t stream, int64_t i) {
+  const uint32_t base = mix(key + stream * 0x9e3779b9u) ^ mix(uint32_t(i >> 32) + 1u);
+  using U = typename Traits<V>::Unsigned;
+  return mix(mix(index_lanes<U>(uint32_t(i)) ^ broadcast<U>(base)));
+}
+
+/// The magnitude of `magnitude`, which is not negative, with the sign of x.
+template <class V>
+HALFSTEP_FN V with_sign_of(V x, V magnitude) {
+  using I = decltype(to_bits(x));
+  return from_bits(to_bits(magnitude) | (to_bits(x) & broadcast<I>(INT32_MIN)));
+}
+
+/// The largest integer not above x, for 0 <= x < 2^31.
+template <class V>
+HALFSTEP_FN auto floor_to_int(V x) {
+  using I = decltype(to_bits(x));
+  const I nearest = round_to_int(x);
+  return select(x >= to_float(nearest), nearest, nearest - broadcast<I>(1));
+}
+
+/// `bits` of [0, 1), from the low 24 of them.
+template <class V, class U>
+HALFSTEP_FN V unit_interval(U bits) {
+  return to_float(as_signed(bits & broadcast<U>(0xffffffu))) * broadcast<V>(0x1p-24f);
+}
+
+/// Drops the low `kBits` of the bits of x, upwards in magnitude with the probability of what is
+/// dropped; a NaN or an infinity stays what it is.
+template <int kBits, class V, class U>
+HALFSTEP_FN V round_bits_at_random(V x, U random) {
+  constexpr uint32_t kMask = (1u << kBits) - 1;
+  const U added = as_unsigned(to_bits(x)) + (random & broadcast<U>(kMask));
+  const V rounded = from_bits(as_signed(added & broadcast<U>(~kMask)));
+  return select(abs(x) >= broadcast<V>(__builtin_inff()), x, select(x == x, rounded, x));
+}
+
+/// x rounded at random to a value that FP16 holds, at most 65504 in magnitude where x is finite.
+template <class V, class U>
+HALFSTEP_FN V round_half_at_random(V x, U random) {
+  const V magnitude = abs(x), largest = broadcast<V>(65504.0f);
+  V normal = round_bits_at_random<13>(magnitude, random);
+  normal = select(magnitude >= broadcast<V>(65536.0f), normal,
+                  select(normal >= largest, largest, normal));
+  // Below 2^-14 FP16 counts in steps of 2^-24.
+  const V steps = magnitude * broadcast<V>(0x1p24f);
+  const V small = select(steps >= broadcast<V>(1024.0f), broadcast<V>(0.0f), steps);
+  const V counted =
+      to_float(floor_to_int(small + unit_interval<V>(random >> 8))) * broadcast<V>(0x1p-24f);
+  const V rounded = select(magnitude >= broadcast<V>(0x1p-14f), normal, counted);
+  return select(x == x, with_sign_of(x, rounded), x);
+}
+
+/// x rounded at random to a value that BF16 holds, finite where x is.
+template <class V, class U>
+HALFSTEP_FN V round_bfloat_at_random(V x, U random) {
+  const V rounded = round_bits_at_random<16>(x, random);
+  const V largest = with_sign_of(x, broadcast<V>(0x1.fep127f));
+  const auto beyond = abs(rounded) >= broadcast<V>(__builtin_inff());
+  return select(beyond, select(abs(x) >= broadcast<V>(__builtin_inff()), x, largest), rounded);
+}
+
+HALFSTEP_MATH_END
