@@ -35,7 +35,7 @@ HALFSTEP_FN Group<T, kCount> write_floats(void* to, math::Dtype dtype, int64_t i
                                           const Group<T, kCount>& x) {
   Group<T, kCount> stored;
   const auto convert = [&](auto* array, const auto& round) {
-    Group<std::decay_t<decltype(*array)>, kCount> group;
+    Group<std::decay_t<decltype(*array)>, kCount> group = {};
     HALFSTEP_UNROLL
     for (int k = 0; k < kCount; ++k) {
       group.x[k] = round(x.x[k]);

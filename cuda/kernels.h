@@ -36,6 +36,15 @@ struct Table {
   int64_t chunks = 0;
   bool has_single = false;  ///< rows computed in FP32
   bool has_double = false;  ///< rows computed in FP64
+  bool is_plain = true;     ///< no row has BF16 or int8 states, or an EMA
+
+  void note(const Row& row) {
+    const math::StepTensor& t = row.tensor;
+    const bool wide = t.param_dtype == math::Dtype::kF64 || t.master_kind == math::MasterKind::kF64;
+    (wide ? has_double : has_single) = true;
+    is_plain = is_plain && t.state_kind == math::StateKind::kWide && !t.ema;
+    chunks += (row.numel + kChunk - 1) / kChunk;
+  }
 };
 
 /// Compute capabilities that this library was compiled for, "750,800,900".
@@ -72,31 +81,31 @@ Status simulate_scale(const float* found_inf, int64_t steps, const double* polic
 Status init_scale_state(const double* policy, double* state, Stream stream);
 
 // ---- optim -------------------------------------------------------------------------------------
-/// What all parameters of an Adam or AdamW step share.
-struct AdamNumbers {
-  double beta1, beta2, eps, weight_decay;
-  bool decoupled, amsgrad, maximize;
-};
-struct SgdNumbers {
-  double momentum, dampening, weight_decay;
-  bool nesterov, maximize;
-};
 /// Per-parameter counters and the numbers that change with the step. control may be null.
 struct StepState {
   int64_t* steps;
   int64_t* overflowed;
   const double* lr;
   const double* control;
+  double ema_decay = 0;
+  int64_t seed = 0;
+  bool zero_grads = false;
 };
-/// constants: table.count entries of scratch. With control[0] != 0 nothing is written but scratch.
-Status adam_step(const Table& table, const AdamNumbers& numbers, const StepState& state,
-                 math::AdamStep* constants, Stream stream);
-Status sgd_step(const Table& table, const SgdNumbers& numbers, const StepState& state,
-                math::SgdStep* constants, Stream stream);
-/// tensor.state1 holds values of the compute type. counts[index] += elements that do not fit.
+/// Bytes of scratch for a step, 16-byte aligned.
+template <class Rule>
+int64_t step_scratch(const Table& table);
+/// One step of a rule of csrc/math/optim.h; compiled for those that optim.cu lists. With
+/// control[0] != 0 nothing is written but scratch and, with zero_grads, the gradients.
+template <class Rule>
+Status step(const Table& table, const typename Rule::Numbers& numbers, const StepState& state,
+            void* scratch, Stream stream);
+/// tensor.state[0] holds values of the compute type. counts[index] += elements that do not fit.
 Status write_masters(const Table& table, int64_t* counts, Stream stream);
 Status read_masters(const Table& table, Stream stream);
 /// counts[index] += masters that do not round to their weight.
 Status refresh_masters(const Table& table, bool dry_run, int64_t* counts, Stream stream);
+/// FP32 values (tensor.param) of tensor.state[0], which is BF16 or int8, and back.
+Status read_state(const Table& table, bool is_signed, Stream stream);
+Status write_state(const Table& table, bool is_signed, uint32_t random, Stream stream);
 
 }  // namespace halfstep::cuda

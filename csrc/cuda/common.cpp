@@ -32,12 +32,7 @@ std::vector<Row> make_rows(const std::vector<math::StepTensor>& tensors,
 DeviceTable::DeviceTable(const char* op, const Place& place, const std::vector<Row>& rows,
                          at::TensorList table) {
   table_.count = int64_t(rows.size());
-  for (const Row& row : rows) {
-    const bool wide = row.tensor.param_dtype == math::Dtype::kF64 ||
-                      row.tensor.master_kind == math::MasterKind::kF64;
-    (wide ? table_.has_double : table_.has_single) = true;
-    table_.chunks += (row.numel + kChunk - 1) / kChunk;
-  }
+  for (const Row& row : rows) table_.note(row);
   const auto bytes = int64_t(rows.size() * sizeof(Row));
   // A capture only records the upload, which the mirror must not take for done.
   const bool captures =

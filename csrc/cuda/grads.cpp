@@ -16,7 +16,7 @@ at::Tensor grad_stats_cuda(const ops::OptionalTensors& grads, at::TensorList tab
     if (!tensors[i].defined()) continue;
     any = &tensors[i];
     math::StepTensor row;
-    row.grad = tensors[i].const_data_ptr();
+    row.grad = const_cast<void*>(tensors[i].const_data_ptr());
     row.grad_dtype = ops::dtype_code(tensors[i].scalar_type());
     work.tensors.push_back(row);
     work.numels.push_back(tensors[i].numel());
@@ -43,10 +43,11 @@ void unscale_rows(const char* op, at::TensorList outputs, at::TensorList grads,
   const Place place(grads[0]);
   ops::check_table(op, table, grads[0], grads.size(), sizeof(Row));
   ops::Gathered work;
+  std::vector<at::Tensor> walked;
   for (size_t i = 0; i < grads.size(); ++i) {
-    work.keep_alive.push_back(ops::in_layout_of(grads[i], outputs[i]));
+    walked.push_back(ops::in_layout_of(grads[i], outputs[i]));
     math::StepTensor row;
-    row.grad = work.keep_alive.back().const_data_ptr();
+    row.grad = const_cast<void*>(walked.back().const_data_ptr());
     row.grad_dtype = ops::dtype_code(grads[i].scalar_type());
     row.param = outputs[i].mutable_data_ptr();
     row.param_dtype = ops::dtype_code(outputs[i].scalar_type());

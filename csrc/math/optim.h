@@ -7,8 +7,8 @@
 // A rule is a type with
 //   Numbers             what all parameters of a step share; doubles and flags
 //   Constants           what is constant over a tensor in one step; made by constants()
-//   kStates             elementwise states at most, kFewestStates at least; kSigned[s]: whether
-//                       state s can be negative
+//   kStates             elementwise states at most, kFewestStates at least, kCommonStates mostly
+//   is_signed(s)        whether state s can be negative
 //   kTensorStates       states of one element a tensor, after the elementwise ones
 //   states(numbers)     how many of the elementwise states a step with these numbers keeps
 //   update(c, g, p, s)  one step of an element; `g` is the gradient as stored
@@ -155,8 +155,9 @@ HALFSTEP_FN V sign(V x) {
 struct AdamRule {
   using Numbers = AdamNumbers;
   using Constants = AdamConstants;
-  static constexpr int kStates = 3, kFewestStates = 2, kTensorStates = 0;
-  static constexpr bool kSigned[3] = {true, false, false}, kNeedsNorms = false;
+  static constexpr int kStates = 3, kFewestStates = 2, kCommonStates = 2, kTensorStates = 0;
+  static constexpr bool kNeedsNorms = false;
+  HALFSTEP_FN static constexpr bool is_signed(int s) { return s == 0; }
   HALFSTEP_FN static int states(const Numbers& n) { return n.amsgrad ? 3 : 2; }
 
   HALFSTEP_FN static Constants constants(const Numbers& n, double lr, double multiplier,
@@ -202,8 +203,9 @@ struct AdamRule {
 struct SgdRule {
   using Numbers = SgdNumbers;
   using Constants = SgdConstants;
-  static constexpr int kStates = 1, kFewestStates = 0, kTensorStates = 0;
-  static constexpr bool kSigned[3] = {true, true, true}, kNeedsNorms = false;
+  static constexpr int kStates = 1, kFewestStates = 0, kCommonStates = 1, kTensorStates = 0;
+  static constexpr bool kNeedsNorms = false;
+  HALFSTEP_FN static constexpr bool is_signed(int) { return true; }
   HALFSTEP_FN static int states(const Numbers& n) { return n.momentum != 0 ? 1 : 0; }
 
   HALFSTEP_FN static Constants constants(const Numbers& n, double lr, double multiplier,
@@ -235,8 +237,9 @@ struct SgdRule {
 struct LionRule {
   using Numbers = LionNumbers;
   using Constants = LionConstants;
-  static constexpr int kStates = 1, kFewestStates = 1, kTensorStates = 0;
-  static constexpr bool kSigned[3] = {true, true, true}, kNeedsNorms = false;
+  static constexpr int kStates = 1, kFewestStates = 1, kCommonStates = 1, kTensorStates = 0;
+  static constexpr bool kNeedsNorms = false;
+  HALFSTEP_FN static constexpr bool is_signed(int) { return true; }
   HALFSTEP_FN static int states(const Numbers&) { return 1; }
 
   HALFSTEP_FN static Constants constants(const Numbers& n, double lr, double multiplier, int64_t) {
@@ -262,8 +265,9 @@ struct LionRule {
 struct AdagradRule {
   using Numbers = AdagradNumbers;
   using Constants = AdagradConstants;
-  static constexpr int kStates = 1, kFewestStates = 1, kTensorStates = 0;
-  static constexpr bool kSigned[3] = {false, false, false}, kNeedsNorms = false;
+  static constexpr int kStates = 1, kFewestStates = 1, kCommonStates = 1, kTensorStates = 0;
+  static constexpr bool kNeedsNorms = false;
+  HALFSTEP_FN static constexpr bool is_signed(int) { return false; }
   HALFSTEP_FN static int states(const Numbers&) { return 1; }
 
   HALFSTEP_FN static Constants constants(const Numbers& n, double lr, double multiplier,
@@ -289,8 +293,9 @@ struct AdagradRule {
 struct LambRule {
   using Numbers = LambNumbers;
   using Constants = LambConstants;
-  static constexpr int kStates = 2, kFewestStates = 2, kTensorStates = 0;
-  static constexpr bool kSigned[3] = {true, false, false}, kNeedsNorms = true;
+  static constexpr int kStates = 2, kFewestStates = 2, kCommonStates = 2, kTensorStates = 0;
+  static constexpr bool kNeedsNorms = true;
+  HALFSTEP_FN static constexpr bool is_signed(int s) { return s == 0; }
   HALFSTEP_FN static int states(const Numbers&) { return 2; }
 
   HALFSTEP_FN static Constants constants(const Numbers& n, double lr, double multiplier,
@@ -341,8 +346,9 @@ struct LambRule {
 struct NovoGradRule {
   using Numbers = NovoGradNumbers;
   using Constants = NovoGradConstants;
-  static constexpr int kStates = 1, kFewestStates = 1, kTensorStates = 1;
-  static constexpr bool kSigned[3] = {true, true, true}, kNeedsNorms = true;
+  static constexpr int kStates = 1, kFewestStates = 1, kCommonStates = 1, kTensorStates = 1;
+  static constexpr bool kNeedsNorms = true;
+  HALFSTEP_FN static constexpr bool is_signed(int) { return true; }
   HALFSTEP_FN static int states(const Numbers&) { return 1; }
 
   HALFSTEP_FN static Constants constants(const Numbers& n, double lr, double multiplier, int64_t) {

@@ -5,6 +5,8 @@
 // that nearest rounding would drop, so that the expected value is kept.
 // The mixer is the two-round xorshift-multiply hash "lowbias32" (C. Wellons, hash-prospector).
 
+#include <type_traits>
+
 #include "vec.h"
 
 HALFSTEP_MATH_BEGIN
@@ -18,7 +20,7 @@ HALFSTEP_FN U mix(U x) {
   return x ^ (x >> 16);
 }
 
-/// The key of one tensor in one step.
+/// The key of one tensor in one step; never 0.
 HALFSTEP_FN uint32_t random_key(int64_t seed, int64_t step, int64_t tensor) {
   uint32_t key = 0x9e3779b9u;
   const int64_t parts[] = {seed, step, tensor};
@@ -26,7 +28,7 @@ HALFSTEP_FN uint32_t random_key(int64_t seed, int64_t step, int64_t tensor) {
     key = mix(key ^ uint32_t(part));
     key = mix(key ^ uint32_t(part >> 32));
   }
-  return key;
+  return key == 0 ? 1 : key;
 }
 
 /// Bits of element i, or of the sixteen from i on. `stream` keeps the uses within one step apart.
@@ -47,9 +49,10 @@ HALFSTEP_FN V with_sign_of(V x, V magnitude) {
 /// The largest integer not above x, for 0 <= x < 2^31.
 template <class V>
 HALFSTEP_FN auto floor_to_int(V x) {
-  using I = decltype(to_bits(x));
-  const I nearest = round_to_int(x);
-  return select(x >= to_float(nearest), nearest, nearest - broadcast<I>(1));
+  const auto nearest = round_to_int(x);
+  const auto bits = as_unsigned(nearest);  // a NaN's integer has no predecessor
+  const auto below = as_signed(bits - broadcast<std::decay_t<decltype(bits)>>(1u));
+  return select(x >= to_float(nearest), nearest, below);
 }
 
 /// `bits` of [0, 1), from the low 24 of them.

@@ -196,6 +196,11 @@ HALFSTEP_FN bool any(const Pack<T>& mask) {
   return found;
 #endif
 }
+template <class T>
+HALFSTEP_FN bool is_set(const Pack<T>& mask, int lane) {
+  constexpr int kWidth = int(kRegister / sizeof(T));
+  return mask.piece[lane / kWidth][lane % kWidth] != 0;
+}
 // One register at a time: a copy of the whole struct goes through the stack in 16-byte pieces, and
 // a wider load from there waits for them.
 template <class T>

@@ -22,6 +22,10 @@ const char* dtype_name(at::ScalarType type) {
       return "torch.float64";
     case at::kShort:
       return "torch.int16";
+    case at::kChar:
+      return "torch.int8";
+    case at::kByte:
+      return "torch.uint8";
     case at::kLong:
       return "torch.int64";
     default:

@@ -18,20 +18,21 @@ using halfstep::cuda::Table;
 using halfstep::math::Dtype;
 
 /// A flat array of bytes; `offset` elements of its dtype are left free at the start, so that data
-/// need not be 16-byte aligned.
+/// need not be 16-byte aligned. `element_size`: for arrays of integers of another size.
 class Array {
  public:
-  Array(Dtype dtype, int64_t count, int64_t offset = 0)
+  Array(Dtype dtype, int64_t count, int64_t offset = 0, int64_t element_size = 0)
       : dtype_(dtype),
         count_(count),
         offset_(offset),
-        bytes_(size_t((count + offset) * halfstep::math::dtype_size(dtype) + 15)) {}
+        size_(element_size > 0 ? element_size : halfstep::math::dtype_size(dtype)),
+        bytes_(size_t((count + offset) * size_ + 15)) {}
   Dtype dtype() const { return dtype_; }
   int64_t count() const { return count_; }
   void* data() {
     const auto address = reinterpret_cast<uintptr_t>(bytes_.data());
     const uintptr_t aligned = (address + 15) / 16 * 16;
-    return reinterpret_cast<char*>(aligned) + offset_ * halfstep::math::dtype_size(dtype_);
+    return reinterpret_cast<char*>(aligned) + offset_ * size_;
   }
   const void* data() const { return const_cast<Array*>(this)->data(); }
   double get(int64_t i) const {
@@ -66,7 +67,7 @@ class Array {
   /// The elements as bytes.
   std::vector<char> bytes() const {
     const auto* begin = static_cast<const char*>(data());
-    return {begin, begin + count_ * halfstep::math::dtype_size(dtype_)};
+    return {begin, begin + count_ * size_};
   }
   void assign(const Array& other) {
     const std::vector<char> from = other.bytes();
@@ -75,7 +76,7 @@ class Array {
 
  private:
   Dtype dtype_;
-  int64_t count_, offset_;
+  int64_t count_, offset_, size_;
   Buffer<char> bytes_;
 };
 
@@ -89,11 +90,8 @@ inline void fill_normal(Array& array, double scale, uint64_t seed) {
 class Rows {
  public:
   void add(const halfstep::math::StepTensor& tensor, int64_t numel) {
-    using halfstep::math::MasterKind;
-    const bool wide = tensor.param_dtype == Dtype::kF64 || tensor.master_kind == MasterKind::kF64;
     rows_.push_back({tensor, numel, table_.chunks, int64_t(rows_.size())});
-    table_.chunks += (numel + halfstep::cuda::kChunk - 1) / halfstep::cuda::kChunk;
-    (wide ? table_.has_double : table_.has_single) = true;
+    table_.note(rows_.back());
   }
   Table table() {
     memory_ = std::make_unique<Buffer<Row>>(rows_);

@@ -13,18 +13,22 @@ NONE = torch.empty(0)
 
 
 def adam_args():
-    """Two parameters: FP16 with split16, and FP32."""
+    """Two parameters: FP16 with split16, and FP32; states: exp_avgs, exp_avg_sqs, max_exp_avg_sqs."""
     params = [torch.ones(4).half(), torch.ones(4, 3)]
-    return dict(params=params, grads=[torch.ones(4).half(), torch.ones(4, 3)], masters=[torch.zeros(4, dtype=torch.int16), NONE], exp_avgs=[torch.zeros(4), torch.zeros(4, 3)],
-                exp_avg_sqs=[torch.zeros(4), torch.zeros(4, 3)], max_exp_avg_sqs=[torch.zeros(4), torch.zeros(4, 3)], steps=torch.zeros(2, dtype=torch.int64),
+    return dict(params=params, grads=[torch.ones(4).half(), torch.ones(4, 3)], masters=[torch.zeros(4, dtype=torch.int16), NONE], 
+                states=[torch.zeros(s) for _ in range(3) for s in ((4,), (4, 3))], emas=[], zeroed=[], steps=torch.zeros(2, dtype=torch.int64),
                 overflowed=torch.zeros(2, dtype=torch.int64), lr=torch.tensor(0.1, dtype=torch.float64), control=torch.tensor([0.0, 1, 1, 1], dtype=torch.float64), table=[],
-                beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=True, maximize=False)
+                ema_decay=0.0, stochastic=False, seed=0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=True, maximize=False)
+
+
+def adamw_args():
+    return dict(adam_args(), max_lr=0.0, decay_in_update=False)
 
 
 def sgd_args():
     args = adam_args()
-    keep = {k: args[k] for k in ("params", "grads", "masters", "steps", "overflowed", "lr", "control", "table")}
-    return dict(keep, momentum_buffers=args["exp_avgs"], momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)
+    keep = {k: v for k, v in args.items() if k not in ("beta1", "beta2", "eps", "amsgrad")}
+    return dict(keep, states=args["states"][:2], momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False)
 
 
 def put(key, value, index=None):
@@ -39,6 +43,9 @@ def put(key, value, index=None):
 
 COMMON = [
     (put("grads", [torch.ones(4).half()]), r"grads has 1 entries but params has 2"),
+    (put("zeroed", [torch.ones(4).half()]), r"grads has 2 entries and zeroed has 1; expected one of the two"),
+    (put("emas", [torch.zeros(4)]), r"emas has 1 entries but params has 2"),
+    (put("emas", [torch.zeros(4), torch.zeros(4, 3).half()]), r"emas\[1\] is torch.float16\[4, 3\]; expected torch.float32"),
     (put("masters", [NONE]), r"masters has 1 entries but params has 2"),
     (put("grads", torch.ones(4, 2), 1), r"grads\[1\] is torch.float32\[4, 2\] but params\[1\] is torch.float32\[4, 3\]"),
     (put("grads", torch.ones(4, 3, dtype=torch.int32), 1), r"grads\[1\] is \S*\[4, 3\]; expected float16, bfloat16, float32 or float64"),
@@ -59,16 +66,18 @@ COMMON = [
     (put("control", torch.zeros(3, dtype=torch.float64)), r"control is torch.float64\[3\]; expected torch.float64\[4\]"),
 ]
 ADAM = COMMON + [
-    (put("exp_avgs", [torch.zeros(4)]), r"exp_avgs has 1 entries but params has 2"),
-    (put("exp_avgs", torch.zeros(3, 4), 1), r"exp_avgs\[1\] is torch.float32\[3, 4\] but params\[1\] is torch.float32\[4, 3\]"),
-    (put("exp_avg_sqs", torch.zeros(4, 3).double(), 1), r"exp_avg_sqs\[1\] is torch.float64\[4, 3\] but params\[1\] \(torch.float32\[4, 3\]\) is updated in torch.float32"),
-    (put("exp_avg_sqs", torch.zeros(3, 4).t(), 1), r"exp_avg_sqs\[1\] has strides \[1, 4\] but params\[1\] has \[3, 1\]"),
-    (put("max_exp_avg_sqs", NONE, 0), r"max_exp_avg_sqs\[0\] is torch.float32\[0\] but params\[0\] is torch.float16\[4\]"),
-    (put("exp_avgs", torch.zeros(4, device="meta"), 0), r"exp_avgs\[0\] is on meta but params\[0\] is on cpu"),
+    (put("states", [torch.zeros(4)]), r"states has 1 entries but params has 2; expected 3 states a parameter"),
+    (put("states", torch.zeros(3, 4), 1), r"exp_avgs\[1\] is torch.float32\[3, 4\] but params\[1\] is torch.float32\[4, 3\]"),
+    (put("states", torch.zeros(4, 3).double(), 3), r"exp_avg_sqs\[1\] is torch.float64\[4, 3\] but params\[1\] \(torch.float32\[4, 3\]\) is updated in torch.float32"),
+    (put("states", torch.zeros(3, 4).t(), 3), r"exp_avg_sqs\[1\] has strides \[1, 4\] but params\[1\] has \[3, 1\]"),
+    (put("states", NONE, 4), r"max_exp_avg_sqs\[0\] is torch.float32\[0\] but params\[0\] is torch.float16\[4\]"),
+    (put("states", torch.zeros(4, device="meta"), 0), r"exp_avgs\[0\] is on meta but params\[0\] is on cpu"),
+    (put("states", torch.zeros(4, 3).bfloat16(), 5), r"max_exp_avg_sqs\[1\] is torch.bfloat16\[4, 3\] but exp_avgs\[1\] is torch.float32\[4, 3\]"),
+    (put("states", torch.zeros(4, 3, dtype=torch.int8), 1), r"exp_avgs\[1\] is torch.int8\[4, 3\] but states has no scales after it"),
 ]
-SGD = COMMON + [(put("momentum_buffers", torch.zeros(5), 0), r"momentum_buffers\[0\] is torch.float32\[5\] but params\[0\] is torch.float16\[4\]"),
-                (put("momentum_buffers", []), r"momentum_buffers has 0 entries but params has 2")]
-CASES = [(op, make, edit, message) for op, make, cases in (("adamw_step_", adam_args, ADAM), ("adam_step_", adam_args, ADAM), ("sgd_step_", sgd_args, SGD)) for edit, message in cases]
+SGD = COMMON + [(put("states", torch.zeros(5), 0), r"momentum_buffers\[0\] is torch.float32\[5\] but params\[0\] is torch.float16\[4\]"),
+                (put("states", []), r"states has 0 entries but params has 2; expected 1 states a parameter")]
+CASES = [(op, make, edit, message) for op, make, cases in (("adamw_step_", adamw_args, ADAM), ("adam_step_", adam_args, ADAM), ("sgd_step_", sgd_args, SGD)) for edit, message in cases]
 
 
 def tensors_of(args):
@@ -87,10 +96,10 @@ def test_steps_refuse_before_anything_is_written(op, make, edit, message):
 
 
 def test_a_parameter_without_a_gradient_may_have_empty_states():
-    args = adam_args()
+    args = adamw_args()
     args["grads"][1] = None
-    for key in ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
-        args[key][1] = NONE
+    for row in (1, 3, 5):
+        args["states"][row] = NONE
     H.adamw_step_(**args)
     assert (args["params"][1] == 1).all() and args["steps"].tolist() == [1, 0]
 

@@ -120,7 +120,7 @@ int64_t int8_pass(const StepTensor& t, const typename R::Constants& c, const Any
         for (int k = 0; k < kStates; ++k) {
           auto* codes = reinterpret_cast<int8_t*>(data[kState + k]) + i;
           int8_t* exponent = t.exponent[k] + element / kStateBlock;
-          const auto store = R::kSigned[k] ? store_block<true> : store_block<false>;
+          const auto store = R::is_signed(k) ? store_block<true> : store_block<false>;
           store(fresh[k], count, codes, exponent, c.random, uint32_t(k) + 1, element);
         }
         return kept;
@@ -268,11 +268,12 @@ int64_t refresh_masters(const StepTensor& tensor, bool dry_run, int64_t begin, i
       const V rounded = load_any<V>(rounded_param, slot.dtype, 0);
       const auto differs = (rounded != weight) & ((rounded == rounded) | (weight == weight));
       const int64_t changed = count(differs);
-      if (changed > 0 && !dry_run) {
-        V fresh = master;
-        keep(differs, fresh, weight);
-        slot.store_nearest(rounded_param, data[1] + i * slot.master_size(), 0, fresh);
-      }
+      if (changed == 0 || dry_run) return changed;
+      slot.store_nearest(rounded_param, scratch, 0, weight);
+      for (int lane = 0; lane < kLanes; ++lane)  // the others keep their bits
+        if (is_set(differs, lane))
+          __builtin_memcpy(data[1] + (i + lane) * slot.master_size(),
+                           scratch + lane * slot.master_size(), size_t(slot.master_size()));
       return changed;
     });
   });

@@ -48,8 +48,8 @@ V load_state(const StepTensor& t, int s, const char* data, int64_t i, int64_t el
     if (t.state_kind == StateKind::kInt8) {
       const I32 codes = load_int8(reinterpret_cast<const int8_t*>(data) + i);
       const int exponent = t.exponent[s][element / kStateBlock];
-      return R::kSigned[s] ? decode_state<true, V>(codes, exponent)
-                           : decode_state<false, V>(codes, exponent);
+      return R::is_signed(s) ? decode_state<true, V>(codes, exponent)
+                             : decode_state<false, V>(codes, exponent);
     }
   }
   return load_wide<V>(data, i);
