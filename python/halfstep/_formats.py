@@ -10,6 +10,7 @@ from ._library import H
 SCALE, TRACKER, HYSTERESIS, CLEAN, LAST_BAD, GROWN = 0, 1, 2, 3, 7, 12
 # What makes a rule another one: a state fits only a policy that has these as the project has them.
 _SHAPE = ("refill", "tolerance", "window_follows_scale", "growth_delay", "repeat_delay", "recover_interval", "floor")
+_FREE = {"modulus": ("recover_interval",), "fairseq": ("tolerance", "floor")}  # numbers of the user's there
 _PRESET = {"torch": "torch", "modulus": "modulus", "apex": "apex", "megatron": "megatron", "deepspeed": "deepspeed", "paddle": "paddle", "colossalai": "colossalai", "fairseq": "fairseq"}
 #: name: the keys that tell it
 FORMATS = {
@@ -24,7 +25,7 @@ FORMATS = {
 }
 
 
-def detect(state_dict):
+def detect_format(state_dict):
     """The format of a scaler's state dict, or None."""
     return next((name for name, keys in FORMATS.items() if all(key in state_dict for key in keys)), None)
 
@@ -34,7 +35,7 @@ def _fits(policy, name, call):
     project = policies.preset(_PRESET[name])
     if not isinstance(policy, policies.Dynamic):
         raise ValueError(f"{call}: the policy is {type(policy).__name__}, but the state of {name} is of a Dynamic one: policies.preset({_PRESET[name]!r})")
-    for field in _SHAPE:
+    for field in (f for f in _SHAPE if f not in _FREE.get(name, ())):
         mine, theirs = getattr(policy, field), getattr(project, field)
         if field == "refill" and policy.hysteresis == 1 and name != "paddle":
             continue  # nothing to refill
@@ -140,7 +141,7 @@ def import_state(state_dict, policy, format=None):
     """Our state dict of another project's, for a scaler with `policy`. Ours and torch's pass through; an unknown one is left to be refused by its keys."""
     if format is not None and format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {', '.join(sorted(FORMATS))}")
-    name = detect(state_dict) if format is None else format
+    name = detect_format(state_dict) if format is None else format
     if name is not None:
         missing = [key for key in FORMATS[name] if key not in state_dict]
         if missing:

@@ -497,4 +497,4 @@ def preset(name, faithful=False, **overrides):
     return replace(policy, faithful_to=beyond, min_scale=low, max_scale=high if policy.max_scale == HIGHEST_SCALE else policy.max_scale)
 
 
-from ._formats import FORMATS, export_state, import_state  # noqa: E402  they need the policies above
+from ._formats import FORMATS, detect_format, export_state, import_state  # noqa: E402  they need the policies above
