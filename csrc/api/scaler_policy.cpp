@@ -40,7 +40,7 @@ void GradScaler::State::apply_policy(const at::Tensor& found_inf) {
   }
   const bool looks = looks_at_gradients() && !rule.custom;
   api::advance_scale_(scale, numbers, found_inf, policy, looks ? tables : std::vector<at::Tensor>(),
-                     proposal);
+                      proposal);
 }
 
 /// A policy may put new tensors in its state; the scaler's stay, so that a replayed graph finds

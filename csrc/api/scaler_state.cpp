@@ -21,12 +21,6 @@ double number_at(const StateDict& state, const char* key) {
 /// Vectors of 1.0 hold the first sixteen numbers; a zero stands for what they meant.
 constexpr size_t kShortest = 16, kNumbers = math::kPolicyEntries;
 
-c10::impl::GenericList list_of(const double* numbers) {
-  c10::impl::GenericList list(c10::AnyType::get());
-  for (size_t i = 0; i < kNumbers; ++i) list.push_back(numbers[i]);
-  return list;
-}
-
 std::array<double, kNumbers> numbers_of(const StateDict& own, const char* key) {
   const c10::IValue value = own.at(key);
   const size_t size = value.isList() ? value.toListRef().size() : 0;
@@ -100,7 +94,13 @@ policies::Numbers custom_of(const StateDict& own, policies::Rule& rule) {
 
 }  // namespace
 
-StateDict GradScaler::state_dict() const {
+c10::impl::GenericList list_of(const double* numbers) {
+  c10::impl::GenericList list(c10::AnyType::get());
+  for (size_t i = 0; i < kNumbers; ++i) list.push_back(numbers[i]);
+  return list;
+}
+
+StateDict GradScaler::state_dict(const std::string& format) const {
   const State& s = *state_;
   StateDict out;
   if (!s.enabled) return out;
@@ -108,6 +108,7 @@ StateDict GradScaler::state_dict() const {
                            : s.loaded.defined() ? s.loaded
                                                 : api::init_scale_state(vector_of(s.rule.numbers));
   const double* x = state.const_data_ptr<double>();
+  if (!format.empty()) return exported_state(s.rule, x, format);
   // A stock scaler that takes a Static policy over goes on with torch's own numbers.
   const bool dynamic = s.rule.numbers[math::kPolicyKind] == 1;
   const policies::Rule rule = dynamic ? s.rule : policies::Rule(policies::Dynamic());
@@ -129,11 +130,12 @@ StateDict GradScaler::state_dict() const {
   return out.insert("halfstep", own);
 }
 
-void GradScaler::load_state_dict(const StateDict& state) {
+void GradScaler::load_state_dict(const StateDict& saved) {
   State& s = *state_;
   if (!s.enabled) return;
-  TORCH_CHECK(state.size() > 0,
+  TORCH_CHECK(saved.size() > 0,
               "the scaler state is empty: was it saved from a disabled GradScaler?");
+  const StateDict state = imported_state(saved, s.rule);
   for (const char* key :
        {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"})
     if (!state.contains(key)) {

@@ -84,6 +84,14 @@ struct GradScaler::State {
   void watch_zeros(const at::Tensor& numbers);
 };
 
+// ---- the states of other projects: scaler_formats.cpp
+StateDict exported_state(const policies::Rule& rule, const double* numbers,
+                         const std::string& format);
+/// Ours, of a state of another project; ours, torch's and unknown ones pass through.
+StateDict imported_state(const StateDict& state, policies::Rule rule);
+/// The numbers of a rule or a state.
+c10::impl::GenericList list_of(const double* numbers);
+
 /// The tensor with a gradient's numbers: the values of a sparse one.
 inline at::Tensor values_of(const at::Tensor& grad) {
   return grad.is_sparse() ? grad._values() : grad;

@@ -74,13 +74,13 @@ def test_torchs_rule_as_a_policy_of_the_user_is_in_lock_step(make):
 
 
 def test_a_long_string_on_its_own_equals_torch():
-    policy, scale, state, steps = Torch(5), torch.tensor(65536.0), torch.zeros(()), numpy.random.default_rng(1).random(20_000) < 0.15
+    policy, scale, steps = Torch(3), torch.tensor(65536.0), numpy.random.default_rng(1).random(20_000) < 0.11
     vector = policy.vector()
     numbers, user, tracker = H.init_scale_state(vector), hs.policies.make_state(policy, "cpu"), torch.zeros((), dtype=torch.int32)
     mine, flags = torch.tensor(65536.0), (torch.tensor(0.0), torch.tensor(1.0))
     for bad in steps.tolist():
         hs.policies.advance(policy, vector, mine, numbers, user, flags[bad])
-        torch._amp_update_scale_(scale, tracker, flags[bad], 2.0, 0.5, 5)
+        torch._amp_update_scale_(scale, tracker, flags[bad], 2.0, 0.5, 3)
         assert mine == scale
 
 
@@ -246,6 +246,43 @@ def test_megatrons_hysteresis_paddles_and_apexs_are_three_rules():
               for refill in ("clean", "growth", "backoff") for p in [hs.policies.Dynamic(init_scale=1024.0, hysteresis=2, refill=refill)]}
     assert scales == {"clean": [1024, 1024, 1024, 512, 256, 128, 128, 128], "growth": [1024, 1024, 512, 256, 128, 64, 64, 32],
                       "backoff": [1024, 1024, 1024, 512, 512, 256, 256, 256]}
+
+
+def test_jmp_forgets_its_floor_on_the_way_through_a_pytree_and_ours_is_saved():
+    policy = hs.policies.preset("jmp", min_scale=64.0, init_scale=128.0)
+    scaler = hs.GradScaler()
+    scaler.load_state_dict(hs.GradScaler(policy=policy).state_dict())
+    assert scaler.policy == policy and scaler.policy.min_scale == 64
+    jmp, jax = pytest.importorskip("jmp", reason="an optional peer"), pytest.importorskip("jax", reason="an optional peer")
+    original = jmp.DynamicLossScale(jax.numpy.float32(128.0), min_loss_scale=jax.numpy.float32(64.0))
+    assert float(jax.tree_util.tree_map(lambda x: x, original).min_loss_scale) == 1.0
+
+
+def test_a_sharded_scaler_on_the_cpu_reaches_infinity_and_takes_nan_for_clean_and_ours_does_not():
+    """_amp_update_scale_cpu_ asks `found_inf >= 1` and has no finite guard."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    stock = ShardedGradScaler.__new__(ShardedGradScaler)
+    torch.amp.GradScaler.__init__(stock, "cpu", init_scale=2.0**126, growth_interval=1)
+    stock._lazy_init_scale_growth_tracker(torch.device("cpu"))
+    loop = Loop(hs.policies.preset("torch", init_scale=2.0**126, growth_interval=1))
+    for _ in range(3):
+        stock._amp_update_scale_cpu_(torch.tensor(0.0))
+        loop.step(False)
+    assert float(stock._scale) == math.inf and loop.scaler.get_scale() == 2.0**127
+    stock._scale.fill_(4.0)
+    stock._amp_update_scale_cpu_(torch.tensor(math.nan))
+    assert float(stock._scale) == 8.0 and loop.step(True) == 2.0**126
+
+
+def test_optax_takes_the_bad_update_after_its_limit_and_ours_never_does():
+    p = torch.nn.Parameter(torch.ones(2))
+    opt, scaler = hs.optim.SGD([p], lr=1.0), hs.GradScaler(policy=hs.policies.Dynamic(skip_limit=2))
+    scaler.scale(torch.ones(()))
+    for _ in range(6):
+        p.grad = torch.full((2,), math.inf)
+        scaler.step(opt), scaler.update()
+    assert torch.equal(p.detach(), torch.ones(2))
 
 
 def test_a_vector_of_sixteen_numbers_is_read_as_it_was():

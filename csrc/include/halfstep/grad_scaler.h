@@ -82,9 +82,11 @@ class HALFSTEP_API GradScaler {
   bool is_enabled() const;
 
   /// What hs.GradScaler.state_dict() returns in Python: torch's five keys, and ours under
-  /// "halfstep". Call it between iterations.
-  StateDict state_dict() const;
-  /// Takes ours or torch's, from either language. A refused load leaves the scaler as it was.
+  /// "halfstep"; or the state of another project: "torch", "apex", "megatron", "deepspeed",
+  /// "paddle", "colossalai", "fairseq", "modulus". Call it between iterations.
+  StateDict state_dict(const std::string& format = "") const;
+  /// Takes ours, torch's or another project's, from either language. A refused load leaves the
+  /// scaler as it was.
   void load_state_dict(const StateDict& state);
   /// For torch::save and torch::load: state_dict() as an archive, which only C++ reads.
   void save(torch::serialize::OutputArchive& archive) const;
