@@ -1,6 +1,6 @@
 """What each loss-scaling policy makes of corrupted batches, on a net that needs its loss scale.
 
-    python benchmarks/policies.py [--out benchmarks/results/cpu.json] [--seeds 5] [--steps 1000]
+    python benchmarks/policies.py [--out benchmarks/results/cpu.json] [--seeds 5] [--steps 2000]
 
 The seven-layer sigmoid net of examples/python/train_digits.py on scikit-learn's digits, FP16 weights, exact split16 masters, Adam, batches of 256. Every
 50th batch holds a NaN image, whatever the scale. For each policy, over the seeds: steps skipped per 1,000, of which the share
@@ -88,7 +88,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
     torch.set_num_threads(1)  # layers of 64 gain nothing from more
     data = digits("cpu")

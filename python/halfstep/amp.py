@@ -56,7 +56,7 @@ class GradScaler(torch.amp.GradScaler):
         state = super().__getstate__()  # between iterations only, as torch's
         loaded = self._loaded_state if self._state is None else self._state.cpu()
         user = self._loaded_user if self._state is None else {name: tensor.cpu() for name, tensor in self._user.items()}
-        state.update(_policy_vector=None, _state=None, _loaded_state=loaded, _loaded_user=user, _user={}, _tables=[], _arrivals=policies.Arrivals(), _found={}, _clipped=[], _fresh=True)
+        state.update(_policy_vector=None, _state=None, _loaded_state=loaded, _loaded_user=user, _user={}, _tables=[], _found={}, _clipped=[], _fresh=True)
         return state
 
     @property
@@ -395,15 +395,17 @@ class GradScaler(torch.amp.GradScaler):
 
     def _act(self):
         """What the policy does on the host, for the updates that have arrived there."""
-        for numbers in self._arrivals.after(self._state):
-            if isinstance(self._rule, policies.Policy):
-                scale = policies.advance_on_host(self._rule, self._user, self.stats())
-                if scale is not None:
-                    self._scale.fill_(scale)
-                    self._state[SCALE] = self._scale
-            elif numbers is not None and callable(self._rule.on_limit):
+        arrived = list(self._arrivals.after(self._state))
+        if isinstance(self._rule, policies.Policy):
+            scale = policies.advance_on_host(self._rule, self._user, self.stats()) if arrived else None
+            if scale is not None:
+                self._scale.fill_(scale)
+                self._state[SCALE] = self._scale
+            return
+        for numbers in arrived:
+            if numbers is not None and callable(self._rule.on_limit):
                 self._rule.on_limit(self.stats())
-            elif numbers is not None:
+            if numbers is not None and self._rule.on_limit == "raise":
                 raise RuntimeError(f"update: {policies.limit_message(self._rule, numbers)}")
 
     def _forget_clips(self):

@@ -321,7 +321,8 @@ class Policy:
     init() returns {name: tensor}, which is moved to the device once and saved in checkpoints. update(state, stats) returns
     the scale that follows as a 0-d tensor on the device; it writes into the state's tensors or puts new ones in their place,
     and stays free of synchronisation, so that a step can be captured. With `host = True` it is called when the host has the
-    numbers of a step, with ScalerStats, a state of numbers, and returns a number. The scaler applies what it returns after
+    numbers of a step (on a GPU, of the newest of those that arrive together), with ScalerStats, a state of numbers, and
+    returns a number. The scaler applies what it returns after
     the step's gradients were unscaled, within [min_scale, max_scale], and keeps the scale where it is not finite.
     """
 
@@ -398,6 +399,9 @@ class Arrivals:
 
     def __init__(self):
         self._pending, self._limits = [], 0.0
+
+    def __getstate__(self):
+        return {"_pending": [], "_limits": self._limits}
 
     def start(self, limits):
         """Another state was loaded, in which the limit had been reached so often."""

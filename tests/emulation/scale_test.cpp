@@ -55,7 +55,7 @@ TEST_CASE("what policies see of the gradients does not depend on the order of th
           "[scale]") {
   std::mt19937 random(5);
   std::vector<std::vector<double>> tables;
-  std::vector<Buffer<double>> memory;
+  std::vector<std::unique_ptr<Buffer<double>>> memory;
   for (const int rows : {1, 700, 0, 256}) {
     std::vector<double> table(size_t(rows + 1) * math::kStatColumns, 0.0);
     for (int i = 0; i < rows; ++i) {
@@ -69,11 +69,12 @@ TEST_CASE("what policies see of the gradients does not depend on the order of th
       row[math::kStatSumSquares] = amax * amax * (count > 0 ? 1 + count * 0.01 : 0);
     }
     tables.push_back(table);
-    memory.emplace_back(table);
+    memory.push_back(std::make_unique<Buffer<double>>(table));
   }
   for (const auto kind : {math::PolicyKind::kLogMax, math::PolicyKind::kOccupancy,
                           math::PolicyKind::kUnderflow, math::PolicyKind::kCustom}) {
-    Buffer<double> rule(policy());
+    Buffer<double> rule(
+        std::vector<double>(policy().data(), policy().data() + math::kPolicyEntries));
     rule[math::kPolicyKind] = double(kind);
     rule[math::kPolicyTarget] = 1e-3;
     rule[math::kPolicyEdge] = 0.125;
@@ -96,7 +97,7 @@ TEST_CASE("what policies see of the gradients does not depend on the order of th
       emulation::state().thread_order = order;
       Buffer<math::GradView> view(1, math::GradView());
       for (size_t i = 0; i < memory.size(); ++i)
-        cuda::view_stats(memory[i].data(), int64_t(tables[i].size() / math::kStatColumns) - 1,
+        cuda::view_stats(memory[i]->data(), int64_t(tables[i].size() / math::kStatColumns) - 1,
                          rule.data(), i == 0, view.data(), nullptr);
       CHECK(std::memcmp(view.data(), &expected, sizeof(expected)) == 0);
       Buffer<double> state(math::kStateEntries, 0.0);

@@ -227,6 +227,10 @@ def test_the_limit_is_known_to_a_scaler_that_was_resumed():
     second.scaler.load_state_dict(first.scaler.state_dict())
     with pytest.raises(RuntimeError, match="after 3 skipped steps"):
         second.step(True)
+    copy = Loop(hs.policies.Dynamic())
+    copy.scaler = pickle.loads(pickle.dumps(second.scaler))
+    copy.scaler.scale(torch.ones(()))
+    copy.step(False)  # the limit it knew of is not told again
     called = Loop(hs.policies.Dynamic(skip_limit=2, on_limit=told.append))
     called.step(True), called.step(True)
     state = called.scaler.state_dict()

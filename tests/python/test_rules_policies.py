@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from pathlib import Path
 
 import numpy
 import pytest
@@ -186,6 +187,14 @@ def test_every_preset_has_its_projects_numbers():
     assert numbers(hs.policies.preset("apex")) == (65536, 2, 0.5, 2000, LOW, 2.0**24, 1, "clean")
     assert numbers(hs.policies.preset("megatron")) == (2.0**32, 2, 0.5, 1000, 1, HIGH, 2, "growth")
     assert numbers(hs.policies.Dynamic()) == numbers(hs.GradScaler().policy) == (65536, 2, 0.5, 2000, 2.0**-14, HIGH, 1, "clean")
+
+
+def test_presets_are_the_same_numbers_in_both_languages():
+    """tests/cpp/policies_api_test.cpp reads the same file."""
+    rows = [line.split() for line in (Path(__file__).resolve().parents[1] / "fixtures/presets.txt").read_text().splitlines()]
+    assert {row[0] for row in rows} == set(hs.policies._PRESETS) and len(rows) == 2 * len(hs.policies._PRESETS)
+    for name, faithful, *numbers in rows:
+        assert hs.policies.preset(name, faithful == "1").vector().tolist() == [float.fromhex(n) for n in numbers], name
 
 
 def test_the_signature_and_its_refusals():
