@@ -111,6 +111,23 @@ def test_tensors_keep_their_place_so_that_a_graph_can_be_replayed():
     assert loop.scaler._user["clean"] is place and float(place) == 1
 
 
+def test_any_policys_update_traces_without_a_break():
+    for policy in (Torch(2), hs.policies.Underflow(), hs.policies.preset("metaseq")):
+        vector, user = policy.vector(), hs.policies.make_state(policy, "cpu")
+
+        def update(scale, numbers, found, grad):
+            hs.policies.advance(policy, vector, scale, numbers, user, found, [H.grad_stats([grad], [])])
+            return scale + 0
+
+        scale, numbers, grad = torch.tensor(policy.init_scale), H.init_scale_state(vector), torch.full((3000,), 1e-6)
+        expected, like = scale.clone(), numbers.clone()
+        compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
+        fresh = hs.policies.make_state(policy, "cpu")
+        for bad in (0.0, 0.0, 1.0, 0.0):
+            hs.policies.advance(policy, vector, expected, like, fresh, torch.tensor(bad), [H.grad_stats([grad], [])])
+            assert compiled(scale, numbers, torch.tensor(bad), grad) == expected and torch.equal(numbers, like)
+
+
 class Says(hs.policies.Policy):
     min_scale, max_scale = 2.0**-4, 2.0**20
 
