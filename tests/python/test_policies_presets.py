@@ -356,6 +356,23 @@ def deepspeed_zero(policy):
     return update
 
 
+def deepspeed(policy):
+    """FP16_Optimizer's own method, on its own numbers."""
+    pytest.importorskip("deepspeed", reason="an optional peer")
+    from types import SimpleNamespace
+
+    from deepspeed.runtime.fp16 import fused_optimizer, loss_scaler
+
+    arguments = {"init_scale": policy.init_scale, "scale_window": policy.growth_interval, "min_scale": policy.min_scale}
+    optimizer = SimpleNamespace(loss_scale_config=loss_scaler.LossScaleConfig(torch.float16, True, 1.0, arguments), verbose=False)
+
+    def update(bad):
+        fused_optimizer.FP16_Optimizer._update_scale(optimizer, bad)
+        return optimizer.loss_scale_config.cur_scale
+
+    return update
+
+
 def fairseq(policy, package="fairseq"):
     module = pytest.importorskip(f"{package}.optim.dynamic_loss_scaler", reason="an optional peer")
     scaler = module.DynamicLossScaler(init_scale=policy.init_scale, scale_window=policy.growth_interval, tolerance=policy.tolerance)
@@ -379,7 +396,7 @@ class Peer:
 
 
 @pytest.mark.parametrize("name,overrides,make", [
-    ("deepspeed_zero", {}, deepspeed_zero), ("fairseq", {}, fairseq), ("fairseq", {"tolerance": 0.05}, fairseq),
+    ("deepspeed_zero", {}, deepspeed_zero), ("deepspeed", {}, deepspeed), ("fairseq", {}, fairseq), ("fairseq", {"tolerance": 0.05}, fairseq),
     ("metaseq", {}, lambda p: fairseq(p, "metaseq")), ("metaseq", {"tolerance": 0.25}, lambda p: fairseq(p, "metaseq"))])
 @pytest.mark.parametrize("window", [9, 200])
 def test_lock_step_with_the_installed_python_scalers(name, overrides, make, window):
