@@ -40,7 +40,8 @@ void GradScaler::State::record(const GradStats& stats, const at::Tensor& control
 void GradScaler::State::take_snapshot() {
   Snapshot snapshot;
   std::vector<at::Tensor> parts = {numbers};
-  parts.push_back(at::linalg_vector_norm(at::stack(norms)).reshape({1}));
+  parts.push_back(norms.empty() ? at::full({1}, std::nan(""), numbers.options())
+                                : at::linalg_vector_norm(at::stack(norms)).reshape({1}));
   parts.push_back(overflowed.empty() ? at::zeros({1}, numbers.options())
                                      : at::stack(overflowed).sum().to(at::kDouble).reshape({1}));
   for (const auto& [row, names] : rows) {
@@ -106,15 +107,18 @@ ScalerStats GradScaler::stats() const {
   const Snapshot* newest = nullptr;
   for (const Snapshot& snapshot : s.snapshots)  // a stream finishes them in their order
     if (!snapshot.copied || snapshot.copied->query()) newest = &snapshot;
+  if (newest) return s.describe(*newest);
   ScalerStats out;
-  if (!newest) {
-    const bool readable = s.enabled && s.scale.defined() && s.scale.is_cpu();
-    out.scale = readable ? s.scale.item<float>() : s.rule.numbers[math::kPolicyInitScale];
-    out.grad_norm = std::nan("");
-    return out;
-  }
-  const double* x = newest->numbers.const_data_ptr<double>();
-  out.step = newest->updates;
+  const bool readable = s.enabled && s.scale.defined() && s.scale.is_cpu();
+  out.scale = readable ? s.scale.item<float>() : s.rule.numbers[math::kPolicyInitScale];
+  out.grad_norm = std::nan("");
+  return out;
+}
+
+ScalerStats GradScaler::State::describe(const Snapshot& snapshot) const {
+  ScalerStats out;
+  const double* x = snapshot.numbers.const_data_ptr<double>();
+  out.step = snapshot.updates;
   out.scale = x[math::kStateScale];
   out.clean_steps = int64_t(x[math::kStateCleanSteps]);
   out.steps_applied = int64_t(x[math::kStateStepsApplied]);
@@ -124,7 +128,7 @@ ScalerStats GradScaler::stats() const {
   out.grad_norm = x[Snapshot::kNorm];
   out.overflowed = int64_t(x[Snapshot::kOverflowed]);
   double zeros = 0, subnormals = 0, elements = 0;
-  for (size_t i = 0; i < newest->names.size(); ++i) {
+  for (size_t i = 0; i < snapshot.names.size(); ++i) {
     const double* row = x + Snapshot::kRows + int64_t(i) * math::kStatColumns;
     zeros += row[math::kStatZeros];
     subnormals += row[math::kStatSubnormals];
@@ -132,7 +136,7 @@ ScalerStats GradScaler::stats() const {
     out.amax = math::BlockStats::larger(out.amax, row[math::kStatAmax]);
     const auto bad = int64_t(row[math::kStatFirstBad]);
     if (bad < 0 || !out.first_bad_param.empty()) continue;
-    const auto& names = newest->names[i];
+    const auto& names = snapshot.names[i];
     out.first_bad_param =
         size_t(bad) < names.size() ? names[size_t(bad)] : "parameter " + std::to_string(bad);
   }

@@ -113,11 +113,26 @@ def test_a_weight_that_would_leave_fp16_is_kept_and_counted(device):
 
 def test_scale_policies(device):
     flags = (torch.rand(5000, generator=torch.Generator().manual_seed(1)) < 0.02).float()
-    for name in ("torch", "apex", "megatron"):
+    for name in hs.policies._PRESETS:
         vector = hs.policies.preset(name).vector()
         host = H.simulate_scale(flags, vector, H.init_scale_state(vector))
         ours = H.simulate_scale(flags.to(device), vector.to(device), H.init_scale_state(vector.to(device)))
         assert torch.equal(ours.cpu(), host)
+
+
+@pytest.mark.parametrize("policy", [hs.policies.LogMax(max_scale=2.0**40), hs.policies.Occupancy(), hs.policies.Underflow()], ids=lambda p: type(p).__name__)
+def test_statistics_policies(device, policy):
+    """The same states as on the CPU; LogMax's logarithms may differ in the last place."""
+    vector, generator = policy.vector(), torch.Generator().manual_seed(2)
+    here = [torch.zeros(()), H.init_scale_state(vector)]
+    there = [t.to(device) for t in here]
+    for i in range(200):
+        grads = [torch.randn(n, generator=generator) * 2.0 ** (8 * torch.randn((), generator=generator)) for n in (3, 5000, 70_000)]
+        bad = torch.tensor(float(i % 17 == 0))
+        tables = [H.grad_stats([g.to(device) for g in grads[:2]], []), H.grad_stats([grads[2].to(device)], [])]
+        H.advance_scale_(*there, bad.to(device), vector.to(device), tables, None)
+        H.advance_scale_(*here, bad, vector, [t.cpu() for t in tables], None)
+        assert torch.allclose(there[1].cpu(), here[1], rtol=1e-6 if isinstance(policy, hs.policies.LogMax) else 0, atol=0)
 
 
 def test_2_to_the_31_elements(device):

@@ -120,9 +120,9 @@ OTHER_OPS = [
     (lambda: H.write_masters_([ones(2)], [ones(2)], [], torch.zeros(1, dtype=torch.int64)), r"write_masters_: masters has 0 entries but params has 1"),
     (lambda: H.read_masters([ones(2)], [torch.zeros(2, dtype=torch.int16)]), r"read_masters: masters\[0\] is torch.int16\[2\] but params\[0\] is torch.float32\[2\]"),
     (lambda: H.refresh_masters_([half], [torch.zeros(2, dtype=torch.int16)], torch.zeros(2, dtype=torch.int64), False), r"refresh_masters_: changed is torch.int64\[2\] but params has 1 entries"),
-    (lambda: H.update_scale_(ones(()), torch.zeros(16), flag, torch.zeros(16)), r"update_scale_: state is torch.float32\[16\]; expected contiguous torch.float64\[16\]"),
+    (lambda: H.update_scale_(ones(()), torch.zeros(16), flag, torch.zeros(16)), r"update_scale_: state is torch.float32\[16\]; expected contiguous torch.float64\[32\]"),
     (lambda: H.simulate_scale(torch.zeros(2, 2), torch.zeros(16).double(), torch.zeros(16).double()), r"simulate_scale: found_inf is torch.float32\[2, 2\]"),
-    (lambda: H.init_scale_state(torch.zeros(3).double()), r"init_scale_state: policy is torch.float64\[3\]; expected contiguous torch.float64\[16\]"),
+    (lambda: H.init_scale_state(torch.zeros(3).double()), r"init_scale_state: policy is torch.float64\[3\]; expected contiguous torch.float64\[32\]"),
 ]
 
 

@@ -15,6 +15,8 @@ namespace halfstep {
 class HALFSTEP_API GradScalerOptions {
  public:
   GradScalerOptions& policy(policies::Rule rule);
+  /// A policy of the user.
+  GradScalerOptions& policy(std::shared_ptr<policies::Policy> custom);
   /// Without it: the device of the first loss.
   GradScalerOptions& device(c10::Device device);
   GradScalerOptions& enabled(bool value);
@@ -64,6 +66,8 @@ class HALFSTEP_API GradScaler {
   /// may evaluate it again (LBFGS), and a non-finite gradient then takes the whole step back.
   at::Tensor step(torch::optim::Optimizer& optimizer,
                   const torch::optim::Optimizer::LossClosure& closure = nullptr);
+  /// Applies the policy to what this iteration found, or sets the scale. Throws at the policy's
+  /// limit, when the host learns of it, under OnLimit::kRaise.
   void update(std::optional<double> new_scale = std::nullopt);
   /// Global norm over all `optimizers`, unscaled; the factor is folded into the step of halfstep
   /// optimizers.
@@ -78,9 +82,11 @@ class HALFSTEP_API GradScaler {
   bool is_enabled() const;
 
   /// What hs.GradScaler.state_dict() returns in Python: torch's five keys, and ours under
-  /// "halfstep". Call it between iterations.
-  StateDict state_dict() const;
-  /// Takes ours or torch's, from either language. A refused load leaves the scaler as it was.
+  /// "halfstep"; or the state of another project: "torch", "apex", "megatron", "deepspeed",
+  /// "paddle", "colossalai", "fairseq", "modulus". Call it between iterations.
+  StateDict state_dict(const std::string& format = "") const;
+  /// Takes ours, torch's or another project's, from either language. A refused load leaves the
+  /// scaler as it was.
   void load_state_dict(const StateDict& state);
   /// For torch::save and torch::load: state_dict() as an archive, which only C++ reads.
   void save(torch::serialize::OutputArchive& archive) const;
