@@ -76,6 +76,7 @@ class GradScaler(torch.amp.GradScaler):
             self._state[SCALE], self._state[TRACKER] = self._init_scale, self._init_growth_tracker
         self._scale = self._state[SCALE].float().clone()
         self._growth_tracker = self._state[TRACKER]
+        self._history.loss = torch.zeros(1, dtype=torch.float64, device=dev)  # not 0-d: torch 2.11 compiles writes into a 0-d FP64 CPU tensor away
 
     @property
     def policy(self):
@@ -98,6 +99,7 @@ class GradScaler(torch.amp.GradScaler):
                 if self._device is not None and outputs.device.type != self._device:
                     raise ValueError(f"GradScaler was made for {self._device} but the loss is on {outputs.device}")
                 self._lazy_init_scale_growth_tracker(outputs.device)
+            self._history.scaled(outputs)
             wide = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
             return wide * self._scale.to(outputs.device, non_blocking=True)
         if isinstance(outputs, dict):
@@ -373,6 +375,7 @@ class GradScaler(torch.amp.GradScaler):
             flags = [f for s in self._per_optimizer_states.values() for f in s["found_inf_per_device"].values()]
             assert len(flags) > 0, "No inf checks were recorded prior to update."
             H.update_scale_(self._scale, self._state, self._combine(flags, self._scale.device), self._policy_vector)
+            self._history.floor = max(getattr(self._rule, "min_scale", 0.0), policies.LOWEST_SCALE)
             self._history.updated(self._state)
         self._per_optimizer_states.clear()
         self._forget_clips()
@@ -390,6 +393,10 @@ class GradScaler(torch.amp.GradScaler):
             return self._history.read(None, 1.0)
         scale = self._init_scale if self._scale is None or self._scale.device.type == "cuda" else float(self._scale)
         return self._history.read(self._loaded_state, scale)
+
+    def tensor_stats(self):
+        """{parameter name: TensorStats} of that update, for the parameters that had a gradient; never waits."""
+        return self._history.read_tensors()
 
     def step_was_skipped(self, optimizer=None):
         """Whether that optimizer's step, or any, was skipped since the last update but one. May synchronise."""
