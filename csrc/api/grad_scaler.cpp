@@ -29,6 +29,7 @@ void GradScaler::State::make(c10::Device on) {
   policy = policy.to(on);
   numbers = numbers.to(on);
   scale = numbers[math::kStateScale].to(at::kFloat).clone();
+  loss = at::zeros({1}, at::TensorOptions(at::kDouble).device(on));
 }
 
 void GradScaler::State::require(const char* call) const {
@@ -42,6 +43,7 @@ void GradScaler::State::begin() {
   fresh = false;
   last_found.clear();
   norms.clear();
+  controls.clear();
   overflowed.clear();
   rows.clear();
 }
@@ -79,6 +81,12 @@ at::Tensor GradScaler::scale(const at::Tensor& loss) {
     TORCH_CHECK(!s.device || s.device->type() == loss.device().type(), "GradScaler was made for ",
                 *s.device, " but the loss is on ", loss.device());
     s.make(loss.device());
+  }
+  {
+    // One addition on the device: whether the loss was finite is read with the update's numbers.
+    const at::NoGradGuard no_grad;
+    const at::Tensor value = loss.detach();
+    s.loss.add_((value.dim() == 0 ? value : value.sum()).to(s.loss.device()));
   }
   const auto type = loss.scalar_type();
   const at::Tensor wide = type == at::kHalf || type == at::kBFloat16 ? loss.to(at::kFloat) : loss;

@@ -12,7 +12,7 @@ from ._room import names_of, warn
 
 STATE_ENTRIES, ROW = 16, 8
 SCALE, TRACKER, CLEAN, APPLIED, SKIPPED, CONSECUTIVE, LAST_BAD = 0, 1, 3, 4, 5, 6, 7
-_NORM, _OVERFLOWED, _FLUSHED, _LOSS, _REST = 16, 17, 18, 19, 20  # then the controls of the steps, then rows of grad_stats
+_NORM, _OVERFLOWED, _FLUSHED, LOSS, _REST = range(STATE_ENTRIES, STATE_ENTRIES + 5)  # then the controls of the steps, then rows of grad_stats
 _NONFINITE, _SQUARES, _AMAX, _ZEROS, _SUBNORMALS, _COUNT, _FIRST_BAD = range(7)
 CONTROL = 4
 STUCK, STUCK_AT_FLOOR = 20, 3  # skips in a row before a diagnosis; with the scale at its floor, where it can fall no further
@@ -126,7 +126,8 @@ class History:
 
     def __init__(self):
         self.updates, self.steps, self._before = 0, [], 0
-        self.loss, self.floor, self.recorder = None, 0.0, None  # the sum of the losses scaled since the last update; the lowest scale the policy allows
+        self.loss, self.floor = None, 0.0  # the sum of the losses scaled since the last update; the lowest scale that the policy allows
+        self.recorder = self.last = None  # halfstep.trace's, and for it the newest numbers where they are
         self._pending, self._newest, self._flushed, self._free, self._captured = [], None, None, [], None
         self._optimizers = weakref.WeakSet()
         self._zero_steps, self._told_flush, self._diagnosis = 0, False, None
@@ -174,6 +175,7 @@ class History:
                              torch.cat(overflowed).sum().reshape(1) if overflowed else zero, zero if self._flushed is None else there(self._flushed),
                              zero if self.loss is None else there(self.loss), *controls,
                              *[there(table if host_tables is None else table[-1]) for table in tables]])
+        self.last = numbers if self.recorder is not None else None
         if self.loss is not None:
             self.loss.zero_()
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -250,7 +252,7 @@ class History:
 _ADVICE = {
     "loss is not finite": "{skips} steps in a row were skipped and the loss itself is inf or NaN, which no scale can mend: look at the inputs, the forward pass and the "
                           "weights (a layer that leaves FP16 range; a loss that needs FP32), or go back to a checkpoint",
-    "gradients overflow": "{skips} steps in a row were skipped: the loss is finite but gradients overflow at scale {scale:g}, '{name}' first. A fixed scale must be lower; "
+    "gradients overflow": "{skips} steps in a row were skipped though the loss is finite: gradients overflow at scale {scale:g}, '{name}' first. A fixed scale must be lower; "
                           "under another policy keep that layer in FP32, or look for an inf that its backward makes (a division by 0, sqrt at 0)",
     "scale is at its floor": "{skips} steps in a row were skipped and the scale is at its floor {scale:g}: gradients overflow whatever the scale, '{name}' first. Keep that layer in "
                              "FP32, look for an inf that its backward makes (a division by 0, sqrt at 0), or lower the policy's min_scale",
@@ -262,7 +264,7 @@ def diagnose(numbers, floor):
     skips, at_floor = numbers[CONSECUTIVE], numbers[SCALE] <= floor
     if not numbers[LAST_BAD] or skips < (STUCK_AT_FLOOR if at_floor else STUCK):
         return None
-    if not math.isfinite(numbers[_LOSS]):
+    if not math.isfinite(numbers[LOSS]):
         return "loss is not finite"
     return "scale is at its floor" if at_floor else "gradients overflow"
 

@@ -115,6 +115,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return
         self._begin()
+        self._record(optimizer)
         super().unscale_(optimizer)
 
     @torch.no_grad()
@@ -168,6 +169,13 @@ class GradScaler(torch.amp.GradScaler):
         """First call after an update: what was known of the last step is no longer asked for."""
         if self._fresh:
             self._found, self._history.steps, self._fresh = {}, [], False
+            if self._history.recorder is not None and self._scale is not None:
+                self._history.recorder.begin()
+
+    def _record(self, optimizer):
+        """A recorder (halfstep.trace) sees the gradients while they carry the scale."""
+        if self._history.recorder is not None and self._scale is not None and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+            self._history.recorder.look(optimizer, self._scale_for(optimizer, False))
 
     def step(self, optimizer, closure=None, *args, **kwargs):
         """optimizer.step() unless a gradient is non-finite.
@@ -190,6 +198,7 @@ class GradScaler(torch.amp.GradScaler):
                 loss = closure()
         self._check_scale_growth_tracker("step")
         self._begin()
+        self._record(optimizer)
         if _ours(optimizer):
             self._step_ours(optimizer, state, loss, closure)
         elif getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -377,6 +386,8 @@ class GradScaler(torch.amp.GradScaler):
             H.update_scale_(self._scale, self._state, self._combine(flags, self._scale.device), self._policy_vector)
             self._history.floor = max(getattr(self._rule, "min_scale", 0.0), policies.LOWEST_SCALE)
             self._history.updated(self._state)
+        if self._history.recorder is not None:
+            self._history.recorder.updated(by_hand=new_scale is not None)
         self._per_optimizer_states.clear()
         self._forget_clips()
         self._fresh = True
