@@ -34,8 +34,11 @@ def doctor():
 
 def simulate(options):
     """`halfstep simulate`: policies over a recorded run, as one table."""
-    from . import trace
-
+    try:
+        from . import trace
+    except Exception as error:  # as in doctor
+        print(f"halfstep simulate: halfstep is not importable: {error}", file=sys.stderr)
+        return 1
     try:
         recorded = trace.read(options.trace)
         results = [trace.simulate(recorded, trace.policy_of(text)) for text in options.policy or ["recorded"]]
