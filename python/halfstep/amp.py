@@ -144,6 +144,8 @@ class GradScaler(torch.amp.GradScaler):
         zeros = H.grad_stats(half, [])[-1, 3] if half else None
         if in_place:
             H.unscale_(in_place, inverse, flag, [])
+            if not torch.compiler.is_compiling():
+                torch.autograd.graph.increment_version(in_place)  # whoever looked at the gradients before must know
         if half:
             self._history.flushed(H.grad_stats(half, [])[-1, 3] - zeros)
         if widened:
