@@ -60,9 +60,10 @@ class BackwardStats:
 
     def join(self, grads, table):
         """grad_stats(grads), bit for bit; only gradients without a valid row are read. A row is used once: a step may write its gradient."""
-        stale = [i for i, grad in enumerate(grads) if grad is not None and not self._fresh(i, grad)]
+        there = [i for i, grad in enumerate(grads) if grad is not None]
+        stale = [i for i in there if not self._fresh(i, grads[i])]
         self.reread = len(stale)
-        if len(stale) == len(grads) - grads.count(None) or any(g is not None and g.device != self.rows.device for g in grads):
+        if len(stale) == len(there) or grads[there[0]].device != self.rows.device:
             return H.grad_stats(grads, table)
         return H.grad_stats_rest(grads, self.rows, stale, table)
 

@@ -41,7 +41,7 @@ def simulate(options):
         return 1
     try:
         recorded = trace.read(options.trace)
-        results = [trace.simulate(recorded, trace.policy_of(text)) for text in options.policy or ["recorded"]]
+        results = [trace.simulate(recorded, trace.policy_of(text), None if text == "recorded" else text) for text in options.policy or ["recorded"]]
         print(trace.table(results))
         if options.plot:
             trace.plot(results, options.plot)

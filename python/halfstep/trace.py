@@ -3,6 +3,7 @@
 The file format is described in docs/telemetry.md.
 """
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
@@ -25,6 +26,14 @@ OVERFLOW, SMALLEST, NORMAL = 65520.0, 2.0**-25, 2.0**-14  # from here FP16 is in
 def _number(x):
     """JSON knows no inf and no NaN."""
     return x if math.isfinite(x) else str(x)
+
+
+def label(policy):
+    """The policy in few words: of a dataclass, what differs from its defaults."""
+    if not dataclasses.is_dataclass(policy):
+        return repr(policy) if type(policy).__repr__ is not object.__repr__ else type(policy).__name__
+    values = {f.name: (getattr(policy, f.name), f.default) for f in dataclasses.fields(policy)}
+    return f"{type(policy).__name__}({', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v!r}' for k, (v, default) in values.items() if v != default)})"
 
 
 # -- recording -------------------------------------------------------------------------------------
@@ -60,7 +69,7 @@ class Recorder:
         if self._rule is not scaler.policy:
             self._rule = scaler.policy
             self._drain(wait=True)
-            self._write({"policy": repr(self._rule), "vector": [_number(x) for x in self._rule.vector().tolist()], "state": [_number(x) for x in scaler._state.tolist()]})
+            self._write({"policy": label(self._rule), "vector": [_number(x) for x in self._rule.vector().tolist()], "state": [_number(x) for x in scaler._state.tolist()]})
         self._scale = scaler._state[SCALE].clone()
 
     @torch.no_grad()
@@ -372,11 +381,11 @@ def _shares(grads, limited, recorded, scale):
     return flushed / nonzero, max(small - flushed, 0.0) / nonzero
 
 
-def simulate(trace, policy=None):
+def simulate(trace, policy=None, name=None):
     """The policy over a recorded run: scales, skips, and what FP16 would have lost.
 
     trace: a path, or what halfstep.trace.read returned. policy: any of halfstep.policies or your own; None: the recorded one,
-    from the state it was in, which gives the recorded scales and skips. What the recording cannot tell is counted in
+    from the state it was in, which gives the recorded scales and skips. name: what the result calls it. What the recording cannot tell is counted in
     `unknown` (docs/telemetry.md).
     """
     trace = trace if isinstance(trace, Trace) else read(trace)
@@ -384,7 +393,8 @@ def simulate(trace, policy=None):
     if policy is not None and not hasattr(policy, "vector"):
         raise TypeError(f"simulate: policy is {type(policy).__name__}; expected one of halfstep.policies, or None for the recorded one")
     replay, limited = _Replay(policy, first), trace.limited()
-    result = SimResult(first["policy"] if policy is None else repr(policy), [], [], [], [], [], dict.fromkeys(UNKNOWN, 0))
+    name = name or (f"recorded: {first['policy']}" if policy is None else label(policy))
+    result = SimResult(name, [], [], [], [], [], dict.fromkeys(UNKNOWN, 0))
     last, apart = None, False
     for step in trace.steps:
         if step.start is not None and step.start is not first and policy is None:
@@ -441,10 +451,10 @@ def plot(results, path):
         known = [(s, 100 * f) for s, f in zip(r.step, r.flushed) if f is not None]
         shares.plot([s for s, _ in known], [f for _, f in known], color=line.get_color())
     scales.set_yscale("log", base=2)
-    scales.set(title="loss scale")
+    scales.set_ylabel("loss scale")
     skips.set(title="skipped steps", yticks=range(len(results)), yticklabels=[], ylim=(-0.5, len(results) - 0.5))
     shares.set(title="share of the recorded non-zero gradients that FP16 would set to 0, %", xlabel="step")
-    scales.legend(fontsize=8)
+    scales.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=2)
     for axes in (scales, skips, shares):
         axes.grid(alpha=0.3)
     figure.tight_layout()

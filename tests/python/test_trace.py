@@ -291,6 +291,8 @@ def test_results_as_json_table_plot_and_frame(tmp_path):
     result.plot(tmp_path / "r.png")
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
     assert str(result).splitlines()[0].split()[:3] == ["policy", "steps", "skipped"]
+    assert result.policy.startswith("Dynamic(min_scale=")
+    assert hs.simulate(tmp_path / "t", policies.Static(2.0), name="two").policy == "two" and hs.simulate(tmp_path / "t", policies.Static(2.0)).policy == "Static(scale=2)"
     pandas = pytest.importorskip("pandas")
     frame = result.to_pandas()
     assert isinstance(frame, pandas.DataFrame) and list(frame.scale) == result.scale and frame.attrs["unknown"] == result.unknown
@@ -314,12 +316,22 @@ def test_the_command_prints_one_table_and_writes_what_is_asked_for(tmp_path):
     done = run("--policy", "torch", "--policy", "static:scale=256", "--policy", "recorded", "--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "p.json"))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("policy") and "Static(scale=256)" in lines[2] and lines[3].split()[-1] == "0"
+    assert lines[0].startswith("policy") and lines[2].startswith("static:scale=256 ") and lines[3].startswith("recorded: Dynamic(init_scale=1.04858e+06, growth_interval=4") and lines[3].split()[-1] == "0"
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG" and [len(r["scale"]) for r in json.loads((tmp_path / "p.json").read_text())] == [12] * 3
     alone = run()
     assert alone.returncode == 0 and len(alone.stdout.splitlines()) == 2
     wrong = run("--policy", "nobody")
     assert wrong.returncode == 1 and "halfstep simulate: policy preset 'nobody' is unknown" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_the_example_records_and_compares_policies(tmp_path):
+    program = os.path.join(os.path.dirname(__file__), "../../examples/python/record_and_simulate.py")
+    env = dict(os.environ, PYTHONPATH=os.path.dirname(os.path.dirname(hs.__file__)), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, program, "--out", str(tmp_path), "--steps", "12"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
+    assert {"torch", "no scale", "static 1024"} <= set(rows) and len(read(tmp_path / "digits.trace").steps) == 12
+    assert (tmp_path / "digits_policies.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.skipif(not hasattr(policies, "Policy"), reason="this version has no policies of the user's")
