@@ -315,6 +315,7 @@ void GradScaler::update(std::optional<double> new_scale) {
     ++s.updates;
     if (!s.norms.empty()) s.take_snapshot();
   }
+  s.loss.zero_();
   s.progress.clear();
   s.fresh = true;
 }

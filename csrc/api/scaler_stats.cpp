@@ -63,7 +63,6 @@ void GradScaler::State::take_snapshot() {
   if (!on_cpu)
     for (const auto& entry : rows) parts.push_back(entry.table.reshape({-1}));
   const at::Tensor here = at::cat(parts);
-  loss.zero_();
   if (on_cpu) {
     snapshot.numbers = here;
     snapshots.clear();

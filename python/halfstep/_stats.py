@@ -176,14 +176,19 @@ class History:
                              zero if self.loss is None else there(self.loss), *controls,
                              *[there(table if host_tables is None else table[-1]) for table in tables]])
         self.last = numbers if self.recorder is not None else None
-        if self.loss is not None:
-            self.loss.zero_()
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._captured = (numbers, self.steps, self.floor)  # each replay fills the same tensor; stats() fetches it
             return
         self._captured = None
         self._pending.append(Update(self.updates, self.floor, self.steps, *send(numbers, self._free), host_tables))
         self.arrive()
+
+    def finish(self, by_hand):
+        """The iteration is over; by_hand: the user set the scale, and updated() was not called."""
+        if self.recorder is not None:
+            self.recorder.updated(by_hand)
+        if self.loss is not None:
+            self.loss.zero_()
 
     def arrive(self):
         """Takes in what has arrived, in order."""

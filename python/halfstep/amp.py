@@ -388,8 +388,7 @@ class GradScaler(torch.amp.GradScaler):
             H.update_scale_(self._scale, self._state, self._combine(flags, self._scale.device), self._policy_vector)
             self._history.floor = max(getattr(self._rule, "min_scale", 0.0), policies.LOWEST_SCALE)
             self._history.updated(self._state)
-        if self._history.recorder is not None:
-            self._history.recorder.updated(by_hand=new_scale is not None)
+        self._history.finish(by_hand=new_scale is not None)
         self._per_optimizer_states.clear()
         self._forget_clips()
         self._fresh = True

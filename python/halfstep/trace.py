@@ -6,6 +6,7 @@ The file format is described in docs/telemetry.md.
 import dataclasses
 import json
 import math
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from . import policies
 from ._library import H
 from ._room import capturing, dtype_name, names_of
-from ._stats import LAST_BAD, LOSS, SCALE, send
+from ._stats import APPLIED, CLEAN, CONSECUTIVE, LAST_BAD, LOSS, SCALE, SKIPPED, ScalerStats, send
 
 FORMAT, VERSION = "halfstep-trace", 1
 COUNT, ZEROS, NONFINITE, AMAX, UNDER, COLUMNS = 0, 1, 2, 3, 4, 62  # grad_histogram; column UNDER + 1 + k holds [2^(k-40), 2^(k-39))
@@ -45,6 +46,7 @@ class Recorder:
         self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115  closed by close()
         self.path, self.rows = Path(path), 0
         self._tensors, self._pending, self._free, self._rule = {}, [], [], None
+        self._optimizers = weakref.WeakKeyDictionary()  # the number of each
         self._forget()
         self._write({"format": FORMAT, "version": VERSION, "every": every})
 
@@ -75,9 +77,10 @@ class Recorder:
     @torch.no_grad()
     def look(self, optimizer, scale):
         """The gradients of `optimizer`, which carry `scale`, once an iteration."""
-        if id(optimizer) in self._seen:
+        if self._scale is None or id(optimizer) in self._seen:  # None: recording began in the middle of an iteration
             return
         self._seen.add(id(optimizer))
+        number = self._optimizers.setdefault(optimizer, len(self._optimizers) + 1)
         if self.rows % self._every:
             return
         devices = {}
@@ -85,7 +88,7 @@ class Recorder:
             for param, name in zip(group["params"], names_of(group, index)):
                 if param.grad is not None:
                     entries, grads = devices.setdefault(param.grad.device, ([], []))
-                    entries.append(self._tensor(len(self._seen), name, param))
+                    entries.append(self._tensor(number, name, param))
                     grads.append(param.grad.coalesce()._values() if param.grad.is_sparse else param.grad)
         for device, (entries, grads) in devices.items():
             self._entries += entries
@@ -103,11 +106,12 @@ class Recorder:
     @torch.no_grad()
     def updated(self, by_hand):
         """After the scaler's update; by_hand: the user set the scale instead of the policy."""
+        if self._scale is None:
+            return
         scaler, history = self._scaler, self._scaler._history
         device = scaler._state.device
         if by_hand:
-            found, loss = scaler._combine(scaler._found.values(), device).double() if scaler._found else torch.zeros((), dtype=torch.float64, device=device), history.loss.clone()
-            history.loss.zero_()
+            found, loss = scaler._combine(scaler._found.values(), device) if scaler._found else torch.zeros((), device=device), history.loss
         else:
             found, loss = history.last[LAST_BAD], history.last[LOSS]
         there = lambda t: t.reshape(-1).to(device, torch.float64, non_blocking=True)
@@ -315,10 +319,11 @@ class _Replay:
         self.user = policies.make_state(policy, torch.device("cpu")) if policy is not None and hasattr(policies, "make_state") else {}
 
     def begin(self, vector, state):
-        self.vector = torch.tensor(vector, dtype=torch.float64)
+        self.vector = policies.Static().vector().zero_()  # a trace of an earlier version may have fewer numbers
+        self.vector[: len(vector)] = torch.tensor(vector, dtype=torch.float64)
         self.numbers = H.init_scale_state(self.vector)
         if state is not None:
-            self.numbers.copy_(torch.tensor(state, dtype=torch.float64))
+            self.numbers[: len(state)] = torch.tensor(state, dtype=torch.float64)
         self.scale = self.numbers[SCALE].float().clone()
 
     def set(self, value):
@@ -334,15 +339,27 @@ class _Replay:
             H.update_scale_(self.scale, self.numbers, found, self.vector, tables, None)
         else:
             advance(self.policy, self.vector, self.scale, self.numbers, self.user, found, tables)
+            if getattr(self.policy, "host", False):
+                asked = policies.advance_on_host(self.policy, self.user, self._stats(tables))
+                if asked is not None:
+                    self.set(asked)
+
+    def _stats(self, tables):
+        """What a policy of the user's that runs on the host is told of the step."""
+        s, total = self.numbers.tolist(), tables[0][-1].tolist() if tables else [0.0] * _ROW
+        nonzero = total[5] - total[3]
+        return ScalerStats(int(s[APPLIED] + s[SKIPPED]), s[SCALE], int(s[CLEAN]), int(s[APPLIED]), int(s[SKIPPED]), int(s[CONSECUTIVE]), bool(s[LAST_BAD]), None,
+                           math.nan if s[LAST_BAD] else math.sqrt(total[1]) / s[SCALE], total[2], total[3] / total[5] if total[5] else 0.0, total[4] / nonzero if nonzero else 0.0, 0)
 
 
 def _table(grads, limited, recorded, scale, bad):
     """grad_stats of the gradients as they would be at `scale`: at the recorded one as they were."""
     rows = torch.zeros(len(grads.tensors) + 1, _ROW, dtype=torch.float64)
     flushed = grads.below(SMALLEST, scale) if scale < recorded else torch.zeros_like(grads.zeros)
-    rows[:-1, 0] = grads.nonfinite if scale >= recorded or not bad else 0.0
-    rows[:-1, 1] = grads.squares * (scale / recorded) ** 2
-    rows[:-1, 2] = grads.amax if scale == recorded else grads.largest * scale
+    as_it_was = scale >= recorded or bad  # what was not finite still is
+    rows[:-1, 0] = grads.nonfinite if as_it_was else 0.0
+    rows[:-1, 1] = torch.where(grads.squares.isfinite() | torch.tensor(as_it_was), grads.squares, 0.0) * (scale / recorded) ** 2
+    rows[:-1, 2] = torch.where((grads.nonfinite > 0) & torch.tensor(as_it_was), grads.amax, grads.amax if scale == recorded else grads.largest * scale)
     rows[:-1, 3] = grads.zeros + flushed.round()
     rows[:-1, 4] = grads.subnormals if scale == recorded else (grads.below(NORMAL, scale) - flushed).clamp(min=0).round()
     rows[:-1, 5] = grads.count
@@ -395,11 +412,12 @@ def simulate(trace, policy=None, name=None):
     replay, limited = _Replay(policy, first), trace.limited()
     name = name or (f"recorded: {first['policy']}" if policy is None else label(policy))
     result = SimResult(name, [], [], [], [], [], dict.fromkeys(UNKNOWN, 0))
-    last, apart = None, False
+    last, last_scale, apart = None, 1.0, False
     for step in trace.steps:
         if step.start is not None and step.start is not first and policy is None:
             replay.begin(step.start["vector"], step.start["state"])
-        last = step.grads if step.grads is not None else last
+        if step.grads is not None:
+            last, last_scale = step.grads, step.scale
         scale = float(replay.numbers[SCALE])
         result.unknown["weights"] += apart
         bad, unknown = _skips(step, last, limited, scale)
@@ -416,7 +434,7 @@ def simulate(trace, policy=None, name=None):
         if step.set is not None:
             replay.set(step.set)
         else:
-            replay.update(bad, [] if last is None else [_table(last, limited, step.scale, scale, bad)])
+            replay.update(bad, [] if last is None else [_table(last, limited, last_scale, scale, bad)])
     return result
 
 

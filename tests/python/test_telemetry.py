@@ -220,6 +220,16 @@ def test_every_loss_of_an_update_counts_and_none_of_the_one_before():
     assert float(scaler._history.loss) == 0
 
 
+def test_a_loss_before_a_scale_that_was_set_by_hand_is_forgotten():
+    p = param(2)
+    opt, scaler = hs.optim.SGD([("p", p)], lr=0.0), hs.GradScaler(policy=hs.policies.Dynamic(init_scale=1.0, min_scale=1.0))
+    scaler.scale(torch.tensor(math.nan))
+    p.grad = torch.ones(2).half()
+    scaler.step(opt), scaler.update(1.0)
+    found, _ = stuck(scaler, opt, p, 3)
+    assert found[-1] == "scale is at its floor"
+
+
 def test_scaling_a_loss_with_its_flag_compiles_without_a_break():
     net, scaler = torch.nn.Linear(4, 1), ready(8.0)
 

@@ -116,6 +116,32 @@ def test_several_optimizers_and_every_third_histogram(tmp_path):
     assert grads.counts[0].nonzero().flatten().tolist() == [1 + 40 + 1] and grads.counts[1].nonzero().flatten().tolist() == [1 + 40 - 2, 1 + 40 - 1]
 
 
+def test_optimizers_that_step_in_turn_keep_their_tensors_apart(tmp_path):
+    a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))
+    opts, scaler = [hs.optim.SGD([("w", a)], lr=0.0), hs.optim.SGD([("w", b)], lr=0.0)], hs.GradScaler()
+    with hs.record(scaler, tmp_path / "t"):
+        for step in range(4):
+            scaler.scale(torch.ones(()))
+            (a, b)[step % 2].grad = torch.ones(2 + step % 2)
+            scaler.step(opts[step % 2]), scaler.update()
+    assert [s.grads.tensors.tolist() for s in read(tmp_path / "t").steps] == [[0], [1], [0], [1]] and [t["optimizer"] for t in read(tmp_path / "t").tensors] == [1, 2]
+
+
+def test_recording_that_begins_within_an_iteration_starts_with_the_next(tmp_path):
+    p = torch.nn.Parameter(torch.zeros(2))
+    opt, scaler = hs.optim.SGD([("w", p)], lr=0.0), hs.GradScaler()
+    scaler.scale(torch.ones(()))
+    p.grad = torch.ones(2)
+    scaler.unscale_(opt)
+    with hs.record(scaler, tmp_path / "t") as recorder:
+        scaler.step(opt), scaler.update()
+        assert recorder.rows == 0
+        scaler.scale(torch.full((), 3.0))
+        p.grad = torch.ones(2)
+        scaler.step(opt), scaler.update()
+    assert [(s.step, s.loss, s.grads.count.tolist()) for s in read(tmp_path / "t").steps] == [(1, 3.0, [2])]
+
+
 # -- what another policy would have seen, against the gradients themselves -------------------------
 def make(path, gradients, scale, dtype=torch.float16, loss=1.0, found=()):
     """A trace of given unscaled gradients at a fixed scale; returns what FP16 stored."""
@@ -293,7 +319,12 @@ def test_results_as_json_table_plot_and_frame(tmp_path):
     assert str(result).splitlines()[0].split()[:3] == ["policy", "steps", "skipped"]
     assert result.policy.startswith("Dynamic(min_scale=")
     assert hs.simulate(tmp_path / "t", policies.Static(2.0), name="two").policy == "two" and hs.simulate(tmp_path / "t", policies.Static(2.0)).policy == "Static(scale=2)"
+
+
+def test_results_as_a_frame(tmp_path):
     pandas = pytest.importorskip("pandas")
+    train(tmp_path / "t", steps=12)
+    result = hs.simulate(tmp_path / "t", policies.preset("torch"))
     frame = result.to_pandas()
     assert isinstance(frame, pandas.DataFrame) and list(frame.scale) == result.scale and frame.attrs["unknown"] == result.unknown
 
