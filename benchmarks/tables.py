@@ -54,7 +54,17 @@ def backward_stats(result):
     return "\n".join(lines)
 
 
-TABLES = {"backward_stats": backward_stats, "step": step, "modes": modes, "conv_linear": conv_linear}
+def policies(result):
+    rows = result["rows"]
+    lines = [f"Seven sigmoid layers on digits, FP16 weights, {rows[0]['steps']:,} steps, a NaN image in every {rows[0]['every']}th batch ({1000 // rows[0]['every']} skips per 1,000 are its own), "
+             f"{rows[0]['seeds']} seeds; {result['device']}; torch {result['versions']['torch']}, {result['date']}.", "",
+             "| policy | skips per 1,000 | needless | flushed share | final loss | last scale |", "| --- " * 6 + "|"]
+    for r in rows:
+        lines.append(f"| `{r['policy']}` | {r['skips']:.1f} | {r['needless']:.1f} | {100 * r['flushed']:.3f} ± {100 * r['flushed_spread']:.3f} % | {r['loss']:.4f} ± {r['loss_spread']:.4f} | {r['scale']:g} |")
+    return "\n".join(lines)
+
+
+TABLES = {"backward_stats": backward_stats, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
 
 
 def main():

@@ -6,6 +6,7 @@
 
 #include "../csrc/math/grads.h"
 #include "../csrc/math/optim.h"
+#include "../csrc/math/scale_statistics.h"
 
 struct CUstream_st;
 
@@ -76,8 +77,13 @@ Status step_control(const double* const* totals, int64_t count, Scalar scale, Sc
                     Scalar clip, double max_norm, double* control, Stream stream);
 
 // ---- scale -------------------------------------------------------------------------------------
+/// What policies look at, of the `rows` rows of one grad_stats table, added to *view; `first`
+/// starts it.
+Status view_stats(const double* table, int64_t rows, const double* policy, bool first,
+                  math::GradView* view, Stream stream);
+/// view may be null.
 Status update_scale(float* scale, double* state, Scalar found_inf, const double* policy,
-                    Stream stream);
+                    const math::GradView* view, Scalar proposal, Stream stream);
 Status simulate_scale(const float* found_inf, int64_t steps, const double* policy,
                       const double* state, double* scales, Stream stream);
 Status init_scale_state(const double* policy, double* state, Stream stream);

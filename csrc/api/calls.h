@@ -44,12 +44,14 @@ inline at::Tensor step_control(Tensors stats, const OptionalTensor& scale,
                          const OptionalTensor&, double)>("halfstep::step_control");
   return op.call(stats, scale, found_inf, clip, max_norm);
 }
-inline void update_scale_(const at::Tensor& scale, const at::Tensor& state,
-                          const at::Tensor& found_inf, const at::Tensor& policy) {
+/// Any policy's update; `stats` and `proposal` for those that want them.
+inline void advance_scale_(const at::Tensor& scale, const at::Tensor& state,
+                           const at::Tensor& found_inf, const at::Tensor& policy, Tensors stats,
+                           const OptionalTensor& proposal) {
   static const auto op =
-      find_op<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&)>(
-          "halfstep::update_scale_");
-  op.call(scale, state, found_inf, policy);
+      find_op<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                   Tensors, const OptionalTensor&)>("halfstep::advance_scale_");
+  op.call(scale, state, found_inf, policy, stats, proposal);
 }
 inline at::Tensor init_scale_state(const at::Tensor& policy) {
   static const auto op = find_op<at::Tensor(const at::Tensor&)>("halfstep::init_scale_state");

@@ -18,7 +18,7 @@
 
 namespace halfstep {
 
-at::Tensor vector_of(const std::array<double, 16>& numbers) {
+at::Tensor vector_of(const std::array<double, 32>& numbers) {
   return at::tensor(std::vector<double>(numbers.begin(), numbers.end()),
                     at::TensorOptions(at::kDouble));
 }
@@ -30,6 +30,7 @@ void GradScaler::State::make(c10::Device on) {
   numbers = numbers.to(on);
   scale = numbers[math::kStateScale].to(at::kFloat).clone();
   loss = at::zeros({1}, at::TensorOptions(at::kDouble).device(on));
+  make_custom(on);
 }
 
 void GradScaler::State::require(const char* call) const {
@@ -46,6 +47,7 @@ void GradScaler::State::begin() {
   controls.clear();
   overflowed.clear();
   rows.clear();
+  tables.clear();
 }
 
 at::Tensor GradScaler::State::bad_of(const std::vector<at::Tensor>& flags) const {
@@ -53,7 +55,18 @@ at::Tensor GradScaler::State::bad_of(const std::vector<at::Tensor>& flags) const
 }
 
 GradScalerOptions& GradScalerOptions::policy(policies::Rule rule) {
-  rule_ = rule;
+  rule_ = std::move(rule);
+  return *this;
+}
+GradScalerOptions& GradScalerOptions::policy(std::shared_ptr<policies::Policy> custom) {
+  TORCH_CHECK(custom, "policy is a null pointer");
+  policies::Rule rule = policies::Dynamic()
+                            .init_scale(custom->init_scale)
+                            .min_scale(custom->min_scale)
+                            .max_scale(custom->max_scale);
+  rule.numbers[math::kPolicyKind] = double(math::PolicyKind::kCustom);
+  rule.custom = std::move(custom);
+  rule_ = std::move(rule);
   return *this;
 }
 GradScalerOptions& GradScalerOptions::device(c10::Device device) {
@@ -137,6 +150,8 @@ void GradScaler::State::unscale(torch::optim::Optimizer& optimizer, Progress& st
     // Counting reads the device, so it is done on the CPU, and until it was told once.
     const bool count = !warned_flush && device.is_cpu() && !lists.halves.empty();
     const int64_t before = count ? count_nonzero(lists.halves) : 0;
+    look(lists.in_place);
+    look(lists.narrow);
     if (!lists.in_place.empty()) api::unscale_(lists.in_place, factor, flag);
     const int64_t flushed = count ? before - count_nonzero(lists.halves) : 0;
     if (flushed > 0) {
@@ -182,6 +197,8 @@ void GradScaler::State::step_ours(optim::Optimizer& optimizer, Progress& progres
   progress.found_inf =
       optimizer.control_[math::kControlFoundInf].to(scale.device(), at::kFloat).clone();
   record(stats, optimizer.control_);
+  if (!unscaled)
+    for (const auto& entry : stats) tables.push_back(entry.second.to(scale.device()));
   if (!unscaled) return;
   for (const auto& room : optimizer.rooms_) {
     if (optimizer.common(room->group->options()).grad_dtype)
@@ -311,13 +328,14 @@ void GradScaler::update(std::optional<double> new_scale) {
       if (progress.found_inf.defined()) flags.push_back(progress.found_inf);
     TORCH_CHECK(!flags.empty(),
                 "update: no inf checks were recorded; call step() or unscale_() first");
-    api::update_scale_(s.scale, s.numbers, s.bad_of(flags), s.policy);
+    s.apply_policy(s.bad_of(flags));
     ++s.updates;
-    if (!s.norms.empty()) s.take_snapshot();
+    s.take_snapshot();
   }
   s.loss.zero_();
   s.progress.clear();
   s.fresh = true;
+  s.learn();  // last: what it throws leaves the scaler between two iterations
 }
 
 at::Tensor GradScaler::clip_grad_norm_(const std::vector<torch::optim::Optimizer*>& optimizers,

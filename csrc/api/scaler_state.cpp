@@ -18,42 +18,84 @@ double number_at(const StateDict& state, const char* key) {
   return value.toScalar().toDouble();
 }
 
+/// Vectors of 1.0 hold the first sixteen numbers; a zero stands for what they meant.
+constexpr size_t kShortest = 16, kNumbers = math::kPolicyEntries;
+
 c10::impl::GenericList list_of(const double* numbers) {
   c10::impl::GenericList list(c10::AnyType::get());
-  for (int i = 0; i < 16; ++i) list.push_back(numbers[i]);
+  for (size_t i = 0; i < kNumbers; ++i) list.push_back(numbers[i]);
   return list;
 }
 
-std::array<double, 16> sixteen_of(const StateDict& own, const char* key) {
+std::array<double, kNumbers> numbers_of(const StateDict& own, const char* key) {
   const c10::IValue value = own.at(key);
-  TORCH_CHECK(value.isList() && value.toListRef().size() == 16, "scaler state '", key, "' is ",
-              value.tagKind(), "; expected a list of 16 numbers");
-  std::array<double, 16> numbers{};
-  for (size_t i = 0; i < 16; ++i) {
+  const size_t size = value.isList() ? value.toListRef().size() : 0;
+  TORCH_CHECK(size >= kShortest && size <= kNumbers, "scaler state '", key, "' is ",
+              value.tagKind(), " of ", size, " entries; expected a list of 16 to 32 numbers");
+  std::array<double, kNumbers> numbers{};
+  for (size_t i = 0; i < size; ++i) {
     const c10::IValue& entry = value.toListRef()[i];
     TORCH_CHECK(entry.isDouble() || entry.isInt(), "scaler state '", key, "' holds ",
-                entry.tagKind(), "; expected a list of 16 numbers");
+                entry.tagKind(), "; expected a list of 16 to 32 numbers");
     numbers[i] = entry.toScalar().toDouble();
   }
   return numbers;
 }
 
+double whole(const std::array<double, kNumbers>& rule, int entry, double most, const char* name) {
+  const double value = rule[size_t(entry)];
+  TORCH_CHECK(value >= 0 && value <= most && value == double(int64_t(value)),
+              "scaler state has policy ", name, " ", value, "; this halfstep knows 0 to ", most);
+  return value;
+}
+
 /// Refuses numbers that no policy of this version has.
-void check_rule(const std::array<double, 16>& rule) {
+void check_rule(const std::array<double, kNumbers>& rule) {
+  using namespace policies;  // NOLINT
   const double kind = rule[math::kPolicyKind];
-  TORCH_CHECK(kind == 0 || kind == 1, "scaler state is of policy kind ", kind,
-              "; this halfstep knows 0 (Static) and 1 (Dynamic)");
+  TORCH_CHECK(kind >= 0 && kind <= 5 && kind == double(int(kind)),
+              "scaler state is of policy kind ", kind,
+              "; this halfstep knows 0 (Static), 1 (Dynamic), 2 (LogMax), 3 (Occupancy), 4 "
+              "(Underflow), 5 (a Policy of yours)");
   if (kind == 0) return;
-  const double refill = rule[math::kPolicyRefill];
-  TORCH_CHECK(refill == 0 || refill == 1, "scaler state has refill ", refill);
-  policies::Rule(policies::Dynamic()
-                     .init_scale(rule[math::kPolicyInitScale])
-                     .growth_factor(rule[math::kPolicyGrowthFactor])
-                     .backoff_factor(rule[math::kPolicyBackoffFactor])
-                     .growth_interval(int(rule[math::kPolicyGrowthInterval]))
-                     .min_scale(rule[math::kPolicyMinScale])
-                     .max_scale(rule[math::kPolicyMaxScale])
-                     .hysteresis(int(rule[math::kPolicyHysteresis])));
+  policies::Rule(
+      Dynamic()
+          .init_scale(rule[math::kPolicyInitScale])
+          .growth_factor(rule[math::kPolicyGrowthFactor])
+          .backoff_factor(rule[math::kPolicyBackoffFactor])
+          .growth_interval(int(rule[math::kPolicyGrowthInterval]))
+          .min_scale(rule[math::kPolicyMinScale])
+          .max_scale(rule[math::kPolicyMaxScale])
+          .hysteresis(int(rule[math::kPolicyHysteresis]))
+          .refill(Refill(int(whole(rule, math::kPolicyRefill, 2, "refill"))))
+          .tolerance(rule[math::kPolicyTolerance])
+          .arithmetic(Arithmetic(int(whole(rule, math::kPolicyArithmetic, 2, "arithmetic"))))
+          .faithful_to(policies::Bounds(int(whole(rule, math::kPolicyBounds, 3, "bounds")))));
+  whole(rule, math::kPolicyOnLimit, 2, "on_limit");
+  whole(rule, math::kPolicyFloorKeeps, 1, "floor");
+}
+
+/// The tensors of a policy of the user. A saved policy that holds code the file cannot hold (a
+/// Policy, a callback) is taken only by a scaler that has its own.
+policies::Numbers custom_of(const StateDict& own, policies::Rule& rule) {
+  const bool here = rule.custom != nullptr;
+  const bool saved = rule.numbers[math::kPolicyKind] == double(math::PolicyKind::kCustom);
+  TORCH_CHECK(here == saved, "scaler state is of ",
+              saved ? "a Policy of yours" : "a policy of halfstep", " but this GradScaler has ",
+              here ? "a Policy of yours" : "a policy of halfstep");
+  policies::Numbers loaded;
+  if (rule.numbers[math::kPolicyOnLimit] != 2) rule.on_limit = nullptr;
+  if (!here) return loaded;
+  const StateDict tensors = own.at("policy_state");
+  for (const auto& [name, tensor] : rule.custom->init()) {
+    const c10::IValue value = tensors.at(name);
+    TORCH_CHECK(value.isTensor() && value.toTensor().sizes() == tensor.sizes(),
+                "scaler state's policy '", name, "' is ",
+                value.isTensor() ? c10::str(value.toTensor().sizes()) : value.tagKind(),
+                " but the policy's is ", tensor.sizes());
+    loaded[name] = value.toTensor();
+  }
+  return loaded;
 }
 
 }  // namespace
@@ -77,6 +119,13 @@ StateDict GradScaler::state_dict() const {
   StateDict own;
   own.insert("format", int64_t(1)).insert("state", list_of(x));
   own.insert("policy", list_of(s.rule.numbers.data())).insert("updates", s.updates);
+  const policies::Numbers& custom = s.scale.defined() ? s.custom : s.loaded_custom;
+  if (s.rule.custom) {
+    StateDict tensors;
+    for (const auto& [name, tensor] : custom.empty() ? s.rule.custom->init() : custom)
+      tensors.insert(name, tensor.detach().cpu().clone());
+    own.insert("policy_state", tensors);
+  }
   return out.insert("halfstep", own);
 }
 
@@ -99,16 +148,18 @@ void GradScaler::load_state_dict(const StateDict& state) {
   TORCH_CHECK(tracker >= 0 && std::isfinite(tracker), "scaler state has _growth_tracker ", tracker,
               "; expected a number >= 0");
   policies::Rule rule = s.rule;
-  std::array<double, 16> numbers{};
+  policies::Numbers custom;
+  std::array<double, kNumbers> numbers{};
   int64_t updates = s.updates;
   const bool ours = state.contains("halfstep");
   if (ours) {
     const StateDict own = state.at("halfstep");
     const double format = own.contains("format") ? number_at(own, "format") : 0;
     TORCH_CHECK(format == 1, "scaler state has format ", format, "; this halfstep reads format 1");
-    rule.numbers = sixteen_of(own, "policy");
-    numbers = sixteen_of(own, "state");
+    rule.numbers = numbers_of(own, "policy");
+    numbers = numbers_of(own, "state");
     updates = int64_t(number_at(own, "updates"));
+    custom = custom_of(own, rule);
   }
   if (rule.numbers[math::kPolicyKind] == 1) {
     rule.numbers[math::kPolicyGrowthFactor] = number_at(state, "growth_factor");
@@ -123,13 +174,17 @@ void GradScaler::load_state_dict(const StateDict& state) {
   // Nothing below is refused.
   s.rule = rule;
   s.loaded = loaded;
-  s.updates = updates;
+  s.updates = s.learned = updates;
+  s.limits = numbers[math::kStateLimits];
+  s.loaded_custom = custom;
   s.show_loaded();
   if (!s.scale.defined()) return;
   // In place: whoever holds scale_tensor() sees the new scale.
   s.policy.copy_(vector_of(rule.numbers));
   s.numbers.copy_(loaded);
   s.scale.copy_(s.numbers[math::kStateScale]);
+  for (auto& [name, tensor] : s.custom)
+    if (custom.count(name)) tensor.copy_(custom[name]);
 }
 
 void GradScaler::save(torch::serialize::OutputArchive& archive) const {

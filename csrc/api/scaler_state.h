@@ -8,7 +8,7 @@
 #include <map>
 
 #include "../math/grads.h"
-#include "../math/scale.h"
+#include "../math/scale_statistics.h"
 #include "room.h"
 
 namespace halfstep {
@@ -64,7 +64,11 @@ struct GradScaler::State {
   at::Tensor loss;  ///< float64 [1]: sum of the losses scaled since the last update
   std::vector<at::Tensor> norms, controls, overflowed;
   std::vector<StatTable> rows;
-  std::deque<Snapshot> snapshots;  ///< the newest last
+  std::deque<Snapshot> snapshots;           ///< the newest last
+  std::vector<at::Tensor> tables;           ///< of gradients that carry the scale: for the policy
+  policies::Numbers custom, loaded_custom;  ///< tensors of a policy of the user
+  int64_t learned = 0;                      ///< updates that the host has acted on
+  double limits = 0;                        ///< times that the limit was reached, as it knows
   bool warned_flush = false;
   int zero_steps = 0;
   mutable bool told_stuck = false;
@@ -79,7 +83,17 @@ struct GradScaler::State {
                         const torch::optim::Optimizer::LossClosure& closure,
                         const at::Tensor& loss);
 
+  // ---- the policy: scaler_policy.cpp
+  bool looks_at_gradients() const;
+  void look(const std::vector<at::Tensor>& grads);
+  void apply_policy(const at::Tensor& found_inf);
+  void make_custom(c10::Device on);
+  void keep_custom(const policies::Numbers& state);
+  void learn();
+  void set_scale(double value);
+
   // ---- telemetry: scaler_stats.cpp
+  ScalerStats describe(const Snapshot& snapshot) const;
   GradStats stats_of(torch::optim::Optimizer& optimizer) const;
   void record(const GradStats& stats, const at::Tensor& control);
   /// Queues one copy of this update's numbers to the host; nothing waits for it.
@@ -97,7 +111,7 @@ inline at::Tensor values_of(const at::Tensor& grad) {
   return grad.is_sparse() ? grad._values() : grad;
 }
 
-/// A policy's or a state's sixteen numbers as a tensor on the CPU.
-at::Tensor vector_of(const std::array<double, 16>& numbers);
+/// A policy's or a state's numbers as a tensor on the CPU.
+at::Tensor vector_of(const std::array<double, 32>& numbers);
 
 }  // namespace halfstep

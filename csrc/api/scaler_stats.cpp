@@ -54,7 +54,8 @@ void GradScaler::State::take_snapshot() {
   snapshot.steps = int64_t(controls.size());
   snapshot.tables = rows;
   std::vector<at::Tensor> parts = {numbers};
-  parts.push_back(at::linalg_vector_norm(at::stack(norms)).reshape({1}));
+  parts.push_back(norms.empty() ? at::full({1}, std::nan(""), numbers.options())
+                                : at::linalg_vector_norm(at::stack(norms)).reshape({1}));
   parts.push_back(overflowed.empty() ? at::zeros({1}, numbers.options())
                                      : at::stack(overflowed).sum().to(at::kDouble).reshape({1}));
   parts.push_back(loss);
@@ -176,16 +177,18 @@ const Snapshot* GradScaler::State::newest() const {
 
 ScalerStats GradScaler::stats() const {
   const State& s = *state_;
-  const Snapshot* newest = s.newest();
+  if (const Snapshot* newest = s.newest()) return s.describe(*newest);
   ScalerStats out;
-  if (!newest) {
-    const bool readable = s.enabled && s.scale.defined() && s.scale.is_cpu();
-    out.scale = readable ? s.scale.item<float>() : s.rule.numbers[math::kPolicyInitScale];
-    out.grad_norm = std::nan("");
-    return out;
-  }
-  const double* x = newest->numbers.const_data_ptr<double>();
-  out.step = newest->updates;
+  const bool readable = s.enabled && s.scale.defined() && s.scale.is_cpu();
+  out.scale = readable ? s.scale.item<float>() : s.rule.numbers[math::kPolicyInitScale];
+  out.grad_norm = std::nan("");
+  return out;
+}
+
+ScalerStats GradScaler::State::describe(const Snapshot& snapshot) const {
+  ScalerStats out;
+  const double* x = snapshot.numbers.const_data_ptr<double>();
+  out.step = snapshot.updates;
   out.scale = x[math::kStateScale];
   out.clean_steps = int64_t(x[math::kStateCleanSteps]);
   out.steps_applied = int64_t(x[math::kStateStepsApplied]);
@@ -195,17 +198,17 @@ ScalerStats GradScaler::stats() const {
   out.grad_norm = x[Snapshot::kNorm];
   out.overflowed = int64_t(x[Snapshot::kOverflowed]);
   double zeros = 0, subnormals = 0, elements = 0;
-  for (size_t i = 0; i < newest->tables.size(); ++i) {
-    const double* row = newest->totals(i);
+  for (size_t i = 0; i < snapshot.tables.size(); ++i) {
+    const double* row = snapshot.totals(i);
     zeros += row[math::kStatZeros];
     subnormals += row[math::kStatSubnormals];
     elements += row[math::kStatCount];
     out.amax = math::BlockStats::larger(out.amax, row[math::kStatAmax]);
   }
-  out.first_bad_param = first_bad(*newest);
+  out.first_bad_param = first_bad(snapshot);
   out.zero_share = elements > 0 ? zeros / elements : 0;
   out.subnormal_share = elements > zeros ? subnormals / (elements - zeros) : 0;
-  if (!newest->tables.empty()) out.diagnosis = s.diagnose(*newest);
+  if (!snapshot.tables.empty()) out.diagnosis = diagnose(snapshot);
   return out;
 }
 

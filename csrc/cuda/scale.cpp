@@ -1,4 +1,4 @@
-#include "../math/scale.h"
+#include "../math/scale_statistics.h"
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -9,13 +9,34 @@ namespace halfstep::cuda {
 
 namespace {
 
+void advance(const char* op, const at::Tensor& scale, const at::Tensor& state,
+             const at::Tensor& found_inf, const at::Tensor& policy, at::TensorList stats,
+             const std::optional<at::Tensor>& proposal) {
+  ops::check_update_scale(op, scale, state, found_inf, policy, stats, proposal);
+  const Place place(scale);
+  const auto* rule = policy.const_data_ptr<double>();
+  at::Tensor memory;
+  math::GradView* view = nullptr;
+  if (!stats.empty()) {
+    memory = place.scratch(sizeof(math::GradView));
+    view = static_cast<math::GradView*>(memory.mutable_data_ptr());
+  }
+  for (size_t i = 0; i < stats.size(); ++i)
+    check(op, view_stats(stats[i].const_data_ptr<double>(), stats[i].size(0) - 1, rule, i == 0,
+                         view, place.stream()));
+  check(op, update_scale(scale.mutable_data_ptr<float>(), state.mutable_data_ptr<double>(),
+                         scalar(found_inf), rule, view, scalar(proposal), place.stream()));
+}
+
 void update_scale_(const at::Tensor& scale, const at::Tensor& state, const at::Tensor& found_inf,
                    const at::Tensor& policy) {
-  ops::check_update_scale(scale, state, found_inf, policy);
-  const Place place(scale);
-  check("update_scale_",
-        update_scale(scale.mutable_data_ptr<float>(), state.mutable_data_ptr<double>(),
-                     scalar(found_inf), policy.const_data_ptr<double>(), place.stream()));
+  advance("update_scale_", scale, state, found_inf, policy, {}, std::nullopt);
+}
+
+void advance_scale_(const at::Tensor& scale, const at::Tensor& state, const at::Tensor& found_inf,
+                    const at::Tensor& policy, at::TensorList stats,
+                    const std::optional<at::Tensor>& proposal) {
+  advance("advance_scale_", scale, state, found_inf, policy, stats, proposal);
 }
 
 at::Tensor simulate_scale_cuda(const at::Tensor& found_inf, const at::Tensor& policy,
@@ -43,6 +64,7 @@ at::Tensor init_scale_state_cuda(const at::Tensor& policy) {
 
 TORCH_LIBRARY_IMPL(halfstep, CUDA, m) {
   m.impl("update_scale_", update_scale_);
+  m.impl("advance_scale_", advance_scale_);
   m.impl("simulate_scale", simulate_scale_cuda);
   m.impl("init_scale_state", init_scale_state_cuda);
 }

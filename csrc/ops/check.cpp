@@ -263,14 +263,19 @@ void check_unscale(const char* op, at::TensorList grads, at::TensorList outputs,
   check_device(op, {"found_inf"}, found_inf, {"inv_scale"}, inv_scale);
 }
 
+void check_stats(const char* op, at::TensorList stats) {
+  for (size_t i = 0; i < stats.size(); ++i)
+    TORCH_CHECK(stats[i].scalar_type() == at::kDouble && stats[i].dim() == 2 &&
+                    stats[i].sym_size(0) >= 1 && stats[i].sym_size(1) == math::kStatColumns &&
+                    stats[i].is_contiguous(),
+                op, ": ", item("stats", i), " is ", describe(stats[i]),
+                "; expected torch.float64[n + 1, 8] of grad_stats");
+}
+
 void check_step_control(at::TensorList stats, const std::optional<at::Tensor>& scale,
                         const std::optional<at::Tensor>& found_inf,
                         const std::optional<at::Tensor>& clip) {
-  for (size_t i = 0; i < stats.size(); ++i)
-    TORCH_CHECK(stats[i].scalar_type() == at::kDouble && stats[i].dim() == 2 &&
-                    stats[i].sym_size(1) == math::kStatColumns && stats[i].is_contiguous(),
-                "step_control: ", item("stats", i), " is ", describe(stats[i]),
-                "; expected torch.float64[n + 1, 8] of grad_stats");
+  check_stats("step_control", stats);
   if (scale) check_scalar("step_control", "scale", *scale, at::kFloat);
   if (found_inf) check_scalar("step_control", "found_inf", *found_inf, at::kFloat);
   if (clip)
@@ -292,21 +297,31 @@ void check_step_control(at::TensorList stats, const std::optional<at::Tensor>& s
 void check_scale_vector(const char* op, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK(tensor.scalar_type() == at::kDouble && tensor.dim() == 1 &&
                   tensor.sym_size(0) == math::kStateEntries && tensor.is_contiguous(),
-              op, ": ", name, " is ", describe(tensor), "; expected contiguous torch.float64[16]");
+              op, ": ", name, " is ", describe(tensor), "; expected contiguous torch.float64[32]");
 }
 
-void check_update_scale(const at::Tensor& scale, const at::Tensor& state,
-                        const at::Tensor& found_inf, const at::Tensor& policy) {
-  check_scalar("update_scale_", "scale", scale, at::kFloat);
-  check_scale_vector("update_scale_", "state", state);
+void check_update_scale(const char* op, const at::Tensor& scale, const at::Tensor& state,
+                        const at::Tensor& found_inf, const at::Tensor& policy, at::TensorList stats,
+                        const std::optional<at::Tensor>& proposal) {
+  check_scalar(op, "scale", scale, at::kFloat);
+  check_scale_vector(op, "state", state);
   TORCH_CHECK(found_inf.sym_numel() == 1 &&
                   (found_inf.scalar_type() == at::kFloat || found_inf.scalar_type() == at::kDouble),
-              "update_scale_: found_inf is ", describe(found_inf),
+              op, ": found_inf is ", describe(found_inf),
               "; expected one element of torch.float32 or torch.float64");
-  check_scale_vector("update_scale_", "policy", policy);
-  check_device("update_scale_", {"state"}, state, {"scale"}, scale);
-  check_device("update_scale_", {"found_inf"}, found_inf, {"scale"}, scale);
-  check_device("update_scale_", {"policy"}, policy, {"scale"}, scale);
+  check_scale_vector(op, "policy", policy);
+  check_device(op, {"state"}, state, {"scale"}, scale);
+  check_device(op, {"found_inf"}, found_inf, {"scale"}, scale);
+  check_device(op, {"policy"}, policy, {"scale"}, scale);
+  check_stats(op, stats);
+  for (size_t i = 0; i < stats.size(); ++i)
+    check_device(op, item("stats", i), stats[i], {"scale"}, scale);
+  if (!proposal) return;
+  TORCH_CHECK(proposal->sym_numel() == 1 &&
+                  (proposal->scalar_type() == at::kFloat || proposal->scalar_type() == at::kDouble),
+              op, ": proposal is ", describe(*proposal),
+              "; expected one element of torch.float32 or torch.float64");
+  check_device(op, {"proposal"}, *proposal, {"scale"}, scale);
 }
 
 void check_simulate_scale(const at::Tensor& found_inf, const at::Tensor& policy,

@@ -73,13 +73,16 @@ void check_unscale(const char* op, at::TensorList grads, at::TensorList outputs,
 void check_table(const char* op, at::TensorList table, const at::Tensor& reference, size_t rows,
                  size_t row_bytes);
 
+/// Tables of grad_stats.
+void check_stats(const char* op, at::TensorList stats);
 void check_step_control(at::TensorList stats, const std::optional<at::Tensor>& scale,
                         const std::optional<at::Tensor>& found_inf,
                         const std::optional<at::Tensor>& clip);
 /// State and policy vectors of the loss scale.
 void check_scale_vector(const char* op, const char* name, const at::Tensor& tensor);
-void check_update_scale(const at::Tensor& scale, const at::Tensor& state,
-                        const at::Tensor& found_inf, const at::Tensor& policy);
+void check_update_scale(const char* op, const at::Tensor& scale, const at::Tensor& state,
+                        const at::Tensor& found_inf, const at::Tensor& policy, at::TensorList stats,
+                        const std::optional<at::Tensor>& proposal);
 void check_simulate_scale(const at::Tensor& found_inf, const at::Tensor& policy,
                           const at::Tensor& state);
 

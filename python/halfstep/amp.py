@@ -8,7 +8,7 @@ from torch.amp.grad_scaler import OptState
 
 from . import checkpoint, optim, policies
 from ._library import H
-from ._stats import SCALE, TRACKER, History, ScalerStats, gradients, stats_of
+from ._stats import SCALE, STATE_ENTRIES, TRACKER, History, ScalerStats, gradients, stats_of
 
 _SIXTEEN = (torch.float16, torch.bfloat16)
 
@@ -47,14 +47,16 @@ class GradScaler(torch.amp.GradScaler):
                          growth_interval=dynamic.growth_interval, enabled=enabled)
         self._device = None if device is None else torch.device(device).type
         self._policy_vector = self._state = None
-        self._loaded_state = None
+        self._loaded_state = self._loaded_user = None
+        self._user, self._tables, self._arrivals = {}, [], policies.Arrivals()
         self._found, self._clipped, self._fresh = {}, [], True
         self._history = History()
 
     def __getstate__(self):
         state = super().__getstate__()  # between iterations only, as torch's
         loaded = self._loaded_state if self._state is None else self._state.cpu()
-        state.update(_policy_vector=None, _state=None, _loaded_state=loaded, _found={}, _clipped=[], _fresh=True)
+        user = self._loaded_user if self._state is None else {name: tensor.cpu() for name, tensor in self._user.items()}
+        state.update(_policy_vector=None, _state=None, _loaded_state=loaded, _loaded_user=user, _user={}, _tables=[], _arrivals=policies.Arrivals(), _found={}, _clipped=[], _fresh=True)
         return state
 
     @property
@@ -77,6 +79,7 @@ class GradScaler(torch.amp.GradScaler):
         self._scale = self._state[SCALE].float().clone()
         self._growth_tracker = self._state[TRACKER]
         self._history.loss = torch.zeros(1, dtype=torch.float64, device=dev)  # not 0-d: torch 2.11 compiles writes into a 0-d FP64 CPU tensor away
+        self._user = policies.make_state(self._rule, dev, self._loaded_user)
 
     @property
     def policy(self):
@@ -121,6 +124,7 @@ class GradScaler(torch.amp.GradScaler):
     @torch.no_grad()
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
         grads = [(param, param.grad) for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        self._look(lambda: [table for _, table, _ in stats_of(optimizer)])
         for _, grad in grads:
             if grad.is_complex():
                 raise NotImplementedError(f"unscale_: a gradient is {grad.dtype}; complex gradients are not supported")
@@ -170,7 +174,7 @@ class GradScaler(torch.amp.GradScaler):
     def _begin(self):
         """First call after an update: what was known of the last step is no longer asked for."""
         if self._fresh:
-            self._found, self._history.steps, self._fresh = {}, [], False
+            self._found, self._history.steps, self._tables, self._fresh = {}, [], [], False
             if self._history.recorder is not None and self._scale is not None:
                 self._history.recorder.begin()
 
@@ -213,6 +217,11 @@ class GradScaler(torch.amp.GradScaler):
         torch.clear_autocast_cache()
         return loss
 
+    def _look(self, tables):
+        """Keeps the statistics of gradients that still carry the scale, where the policy looks at them."""
+        if self._enabled and policies.looks_at_gradients(self._rule):
+            self._tables += [table.to(self._scale.device, non_blocking=True) for table in tables()]
+
     def _scale_for(self, optimizer, unscaled):
         """The scale still in the gradients: ours times what the user left in optimizer.grad_scale, as in torch."""
         own = getattr(optimizer, "grad_scale", None)
@@ -224,6 +233,8 @@ class GradScaler(torch.amp.GradScaler):
         stats = optimizer._gather_stats()
         assert stats or state["found_inf_per_device"], "No inf checks were recorded for this optimizer."
         found = self._combine(state["found_inf_per_device"].values(), self._scale.device) if unscaled else None
+        if not unscaled:
+            self._look(lambda: [table for _, table, _ in stats])
         scale = self._scale_for(optimizer, unscaled)
         optimizer._control = None
         optimizer._handed = (scale, found, stats) if isinstance(optimizer, optim.Optimizer) else (scale, found, stats, loss, closure)
@@ -253,6 +264,8 @@ class GradScaler(torch.amp.GradScaler):
         assert len(flags) > 0, "No inf checks were recorded for this optimizer."
         scale, found = self._scale_for(optimizer, unscaled), (self._combine(flags.values(), self._scale.device) != 0).float()
         stats = stats_of(optimizer)
+        if not unscaled:
+            self._look(lambda: [table for _, table, _ in stats])
         control = self._control_of(stats, scale, found)
         optimizer.grad_scale, optimizer.found_inf = scale, found
         try:
@@ -370,7 +383,7 @@ class GradScaler(torch.amp.GradScaler):
     # -- the update --------------------------------------------------------------------------------
     @torch.no_grad()
     def update(self, new_scale=None):
-        """Applies the policy to this iteration's found_inf, or sets the scale."""
+        """Applies the policy to this iteration's found_inf, or sets the scale. Raises at the policy's limit, if that says so, when the host learns of it."""
         if not self._enabled:
             return self._forget_clips()
         self._check_scale_growth_tracker("update")
@@ -385,13 +398,28 @@ class GradScaler(torch.amp.GradScaler):
         else:
             flags = [f for s in self._per_optimizer_states.values() for f in s["found_inf_per_device"].values()]
             assert len(flags) > 0, "No inf checks were recorded prior to update."
-            H.update_scale_(self._scale, self._state, self._combine(flags, self._scale.device), self._policy_vector)
+            policies.advance(self._rule, self._policy_vector, self._scale, self._state, self._user, self._combine(flags, self._scale.device), self._tables)
             self._history.floor = max(getattr(self._rule, "min_scale", 0.0), policies.LOWEST_SCALE)
-            self._history.updated(self._state)
+            self._history.updated(self._state[:STATE_ENTRIES])
         self._history.finish(by_hand=new_scale is not None)
         self._per_optimizer_states.clear()
         self._forget_clips()
         self._fresh = True
+        if new_scale is None and policies.acts_on_host(self._rule):
+            self._act()  # last: what it raises leaves the scaler between two iterations
+
+    def _act(self):
+        """What the policy does on the host, for the updates that have arrived there."""
+        for numbers in self._arrivals.after(self._state):
+            if isinstance(self._rule, policies.Policy):
+                scale = policies.advance_on_host(self._rule, self._user, self.stats())
+                if scale is not None:
+                    self._scale.fill_(scale)
+                    self._state[SCALE] = self._scale
+            elif numbers is not None and callable(self._rule.on_limit):
+                self._rule.on_limit(self.stats())
+            elif numbers is not None:
+                raise RuntimeError(f"update: {policies.limit_message(self._rule, numbers)}")
 
     def _forget_clips(self):
         for optimizer in self._clipped:
@@ -435,26 +463,39 @@ class GradScaler(torch.amp.GradScaler):
         super().set_growth_interval(new_interval)
         self._rebuild_policy()
 
-    def state_dict(self):
-        """torch's five keys at top level, the whole state under "halfstep". Call it between iterations."""
+    def state_dict(self, format=None):
+        """torch's five keys at top level, the whole state under "halfstep"; or that of another project (policies.FORMATS). Call it between iterations."""
         if not self._enabled:
             return {}
         loaded = self._loaded_state if self._loaded_state is not None else H.init_scale_state(self._rule.vector())
         state = self._state if self._state is not None else loaded
-        return {**super().state_dict(), "halfstep": {"format": 1, "state": state.tolist(), "policy": self._rule.vector().tolist(), "updates": self._updates}}
+        if format is not None:
+            return policies.export_state(self._rule, state.tolist(), format)
+        own = {"format": 1, "state": state.tolist(), "policy": self._rule.vector().tolist(), "updates": self._updates}
+        if isinstance(self._rule, policies.Policy):
+            user = self._user or policies.make_state(self._rule, "cpu", self._loaded_user)
+            own["policy_state"] = {name: tensor.detach().cpu().clone() for name, tensor in user.items()}
+        return {**super().state_dict(), "halfstep": own}
 
-    def load_state_dict(self, state_dict):
-        """Loads ours or torch's; a refused load changes nothing. The policy of a halfstep state comes with it."""
+    def load_state_dict(self, state_dict, format=None):
+        """Loads ours, torch's or another project's (policies.FORMATS; found by its keys); a refused load changes nothing.
+
+        The policy of a halfstep state comes with it; the state of another project is for a policy of its kind, as
+        policies.preset makes it.
+        """
         if not self._enabled:
             return
-        self._rule, numbers, updates = checkpoint.read_scaler_state(state_dict, self._rule)
+        state_dict = policies.import_state(state_dict, self._rule, format)
+        self._rule, numbers, updates, self._loaded_user = checkpoint.read_scaler_state(state_dict, self._rule)
         self._updates = self._updates if updates is None else updates
         self._init_scale, self._init_growth_tracker = numbers[SCALE], int(numbers[TRACKER])
         self._growth_factor, self._backoff_factor = float(state_dict["growth_factor"]), float(state_dict["backoff_factor"])
         self._growth_interval = int(state_dict["growth_interval"])
         self._loaded_state = torch.tensor(numbers, dtype=torch.float64)
         self._history.forget()
+        self._arrivals.start(numbers[policies.Arrivals.LIMITS])
         if self._state is not None:
+            self._user = policies.make_state(self._rule, self._scale.device, self._loaded_user)
             self._policy_vector.copy_(self._rule.vector())
             self._state.copy_(self._loaded_state)
             self._scale.copy_(self._state[SCALE])

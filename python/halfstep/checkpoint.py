@@ -366,26 +366,29 @@ def _finite(state_dict, key):
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def _sixteen(own, key):
+def _numbers(own, key):
+    """The vectors of 1.0 hold the first sixteen numbers; a zero stands for what they meant."""
     values = own.get(key)
-    if not isinstance(values, (list, tuple)) or len(values) != 16 or not all(isinstance(v, (int, float)) for v in values):
-        raise ValueError(f"scaler state '{key}' is {values!r}; expected a list of 16 numbers")
-    return list(map(float, values))
+    if not isinstance(values, (list, tuple)) or not 16 <= len(values) <= policies.ENTRIES or not all(isinstance(v, (int, float)) for v in values):
+        raise ValueError(f"scaler state '{key}' is {values!r}; expected a list of 16 to {policies.ENTRIES} numbers")
+    return list(map(float, values)) + [0.0] * (policies.ENTRIES - len(values))
 
 
-def rule_of(numbers):
-    """The policy that these sixteen numbers stand for (csrc/math/scale.h)."""
-    if numbers[0] == 0:
-        return policies.Static(numbers[1])
-    faithful = {code: name for name, code in policies._BOUNDS.items()}
-    if numbers[0] != 1 or numbers[8] not in (0, 1) or numbers[9] not in faithful:
-        raise ValueError(f"scaler state is of policy kind {numbers[0]:g} with refill {numbers[8]:g} and bounds {numbers[9]:g}; this halfstep knows kinds 0 (Static) and 1 (Dynamic)")
-    return policies.Dynamic(numbers[1], numbers[2], numbers[3], int(numbers[4]), numbers[5], numbers[6], int(numbers[7]),
-                            "growth" if numbers[8] else "clean", faithful[numbers[9]])
+def _user_state(own, rule):
+    """The tensors of a Policy of the user, or None."""
+    if not isinstance(rule, policies.Policy):
+        return None
+    saved = own.get("policy_state", {})
+    for name, tensor in rule.init().items():
+        if name not in saved:
+            raise ValueError(f"scaler state has no '{name}' of the policy (keys: {_keys(saved)})")
+        if not isinstance(saved[name], torch.Tensor) or saved[name].shape != tensor.shape:
+            raise ValueError(f"scaler state's policy '{name}' is {saved[name]!r} but the policy's is {list(tensor.shape)}")
+    return {name: saved[name].detach().clone() for name in rule.init()}
 
 
 def read_scaler_state(state_dict, rule):
-    """(policy, state of sixteen numbers, updates or None) of ours or torch's state dict; every refusal comes from here."""
+    """(policy, the numbers of its state, updates or None, tensors of a Policy of the user) of ours or torch's state dict; every refusal comes from here."""
     if not state_dict:
         raise RuntimeError("The source state dict is empty, possibly because it was saved from a disabled instance of GradScaler.")
     for key in ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"):
@@ -397,18 +400,19 @@ def read_scaler_state(state_dict, rule):
     tracker = _finite(state_dict, "_growth_tracker")
     if not (math.isfinite(tracker) and tracker >= 0):
         raise ValueError(f"scaler state has _growth_tracker {tracker}; expected a number >= 0")
-    own, updates = state_dict.get("halfstep"), None
+    own, updates, user = state_dict.get("halfstep"), None, None
     if own is not None:
         if own.get("format") != 1:
             raise ValueError(f"scaler state has format {own.get('format')}; this halfstep reads format 1")
         if "updates" not in own:
             raise ValueError(f"scaler state 'halfstep' has no 'updates' (keys: {_keys(own)})")
-        numbers, updates = _sixteen(own, "state"), int(_finite(own, "updates"))
-        rule = rule_of(_sixteen(own, "policy"))
+        numbers, updates = _numbers(own, "state"), int(_finite(own, "updates"))
+        rule = policies.rule_of(_numbers(own, "policy"), rule)
+        user = _user_state(own, rule)
     if isinstance(rule, policies.Dynamic):
         rule = policies.replace(rule, growth_factor=float(_finite(state_dict, "growth_factor")), backoff_factor=float(_finite(state_dict, "backoff_factor")),
                                 growth_interval=int(_finite(state_dict, "growth_interval")))
     if own is None:
         numbers = H.init_scale_state(rule.vector()).tolist()
     numbers[0], numbers[1] = scale, float(tracker)
-    return rule, numbers, updates
+    return rule, numbers, updates, user

@@ -316,7 +316,7 @@ class _Replay:
     def __init__(self, policy, start):
         self.policy = policy
         self.begin(policy.vector().tolist() if policy is not None else start["vector"], None if policy is not None else start["state"])
-        self.user = policies.make_state(policy, torch.device("cpu")) if policy is not None and hasattr(policies, "make_state") else {}
+        self.user = policies.make_state(policy, torch.device("cpu")) if policy is not None else {}
 
     def begin(self, vector, state):
         self.vector = policies.Static().vector().zero_()  # a trace of an earlier version may have fewer numbers
@@ -332,13 +332,10 @@ class _Replay:
 
     def update(self, bad, tables):
         found = torch.tensor(float(bad))
-        advance = getattr(policies, "advance", None)
-        if advance is None:
-            H.update_scale_(self.scale, self.numbers, found, self.vector)
-        elif self.policy is None:
+        if self.policy is None:
             H.update_scale_(self.scale, self.numbers, found, self.vector, tables, None)
         else:
-            advance(self.policy, self.vector, self.scale, self.numbers, self.user, found, tables)
+            policies.advance(self.policy, self.vector, self.scale, self.numbers, self.user, found, tables)
             if getattr(self.policy, "host", False):
                 asked = policies.advance_on_host(self.policy, self.user, self._stats(tables))
                 if asked is not None:

@@ -1,4 +1,4 @@
-#include "math/scale.h"
+#include "math/scale_statistics.h"
 
 #include <algorithm>
 #include <array>

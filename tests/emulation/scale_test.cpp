@@ -38,14 +38,15 @@ TEST_CASE("the device's state machine walks as the host's", "[scale]") {
   cuda::simulate_scale(flags.data(), steps, policy().data(), state.data(), scales.data(), nullptr);
   for (int i = 0; i < steps; ++i) {
     const cuda::Scalar flag = {flags.data() + i, false};
-    cuda::update_scale(scale.data(), state.data(), flag, policy().data(), nullptr);
+    cuda::update_scale(scale.data(), state.data(), flag, policy().data(), nullptr, {}, nullptr);
     math::update_scale(policy().data(), host, flags[size_t(i)] != 0);
     REQUIRE(std::memcmp(host, state.data(), sizeof(host)) == 0);
     REQUIRE(scales[size_t(i)] == host[math::kStateScale]);
     REQUIRE(scale[0] == float(host[math::kStateScale]));
   }
   Buffer<double> wide(1, NAN);
-  cuda::update_scale(scale.data(), state.data(), {wide.data(), true}, policy().data(), nullptr);
+  cuda::update_scale(scale.data(), state.data(), {wide.data(), true}, policy().data(), nullptr, {},
+                     nullptr);
   CHECK(state[math::kStateLastFoundInf] == 1);
   CHECK(emulation::state().errors.empty());
 }

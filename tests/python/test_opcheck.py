@@ -6,7 +6,7 @@ The walk fails for an op without samples, so an op without a check cannot exist.
 import pytest
 import torch
 
-import halfstep  # noqa: F401  loads the ops
+import halfstep
 
 H = torch.ops.halfstep
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -73,11 +73,19 @@ def samples_step_control():
 
 
 def policy():
-    return torch.tensor([1, 65536, 2, 0.5, 2000, 1, 2.0**127, 1, 0] + [0] * 7, dtype=torch.float64)
+    return torch.tensor([1, 65536, 2, 0.5, 2000, 1, 2.0**127, 1, 0] + [0] * 23, dtype=torch.float64)
 
 
 def samples_update_scale_():
     yield (torch.tensor(65536.0), H.init_scale_state(policy()), torch.ones(()), policy()), {}
+
+
+def samples_advance_scale_():
+    stats = H.grad_stats([torch.randn(40, 50).half(), torch.randn(7)], [])
+    for rule in (halfstep.policies.LogMax(), halfstep.policies.Occupancy(), halfstep.policies.Underflow()):
+        yield (torch.tensor(1024.0), H.init_scale_state(rule.vector()), torch.zeros(()), rule.vector(), [stats, stats], None), {}
+    mine = halfstep.policies.Policy().vector()
+    yield (torch.tensor(1024.0), H.init_scale_state(mine), torch.zeros(()), mine, [], torch.tensor(512.0, dtype=torch.float64)), {}
 
 
 def samples_simulate_scale():

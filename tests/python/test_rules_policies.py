@@ -193,7 +193,7 @@ def test_the_signature_and_its_refusals():
     assert list(parameters) == ["name", "faithful", "overrides"] and parameters["faithful"].default is False
     assert hs.policies.preset("megatron", hysteresis=5).hysteresis == 5 and hs.policies.preset("apex", False, max_scale=8.0, init_scale=8.0).max_scale == 8
     for call, kind, message in [
-        (lambda: hs.policies.preset("tensorflow"), ValueError, "policy preset 'tensorflow' is unknown; known: apex, megatron, torch"),
+        (lambda: hs.policies.preset("tensorflow"), ValueError, "policy preset 'tensorflow' is unknown; known: apex, colossalai, deepspeed, deepspeed_zero, fairseq, flax, jmp, keras, megatron"),
         (lambda: hs.policies.preset("torch", window=3), TypeError, "window"),
         (lambda: hs.policies.preset("torch", growth_interval=0), ValueError, "growth_interval is 0; expected at least 1"),
         (lambda: hs.policies.Static(0.0), ValueError, "scale is 0.0; expected a positive finite number"),
@@ -204,8 +204,14 @@ def test_the_signature_and_its_refusals():
         (lambda: hs.policies.Dynamic(growth_factor=1.0), ValueError, "growth_factor is 1.0; expected more than 1"),
         (lambda: hs.policies.Dynamic(backoff_factor=1.0), ValueError, "backoff_factor is 1.0; expected between 0 and 1"),
         (lambda: hs.policies.Dynamic(hysteresis=0), ValueError, "hysteresis is 0; expected at least 1"),
-        (lambda: hs.policies.Dynamic(refill="never"), ValueError, "refill is 'never'; expected 'clean' or 'growth'"),
-        (lambda: hs.policies.Dynamic(faithful_to="jax"), ValueError, "faithful_to is 'jax'"),
+        (lambda: hs.policies.Dynamic(refill="never"), ValueError, "refill is 'never'; expected 'clean', 'growth' or 'backoff'"),
+        (lambda: hs.policies.Dynamic(faithful_to="jax"), ValueError, "faithful_to is 'jax'; expected None, 'torch', 'megatron' or 'apex'"),
+        (lambda: hs.policies.Dynamic(tolerance=1.5), ValueError, "tolerance is 1.5; expected from 0 to 1"),
+        (lambda: hs.policies.Dynamic(skip_limit=0), ValueError, "skip_limit is 0; expected at least 1"),
+        (lambda: hs.policies.Dynamic(on_limit="stop"), ValueError, "on_limit is 'stop'; expected 'hold', 'raise' or a callable"),
+        (lambda: hs.policies.Dynamic(growth_delay=-1), ValueError, "growth_delay is -1; expected at least 0"),
+        (lambda: hs.policies.Dynamic(floor="stay"), ValueError, "floor is 'stay'; expected 'clamp' or 'keep'"),
+        (lambda: hs.policies.Dynamic(arithmetic="half"), ValueError, "arithmetic is 'half'; expected 'rounded', 'single' or 'double'"),
         (lambda: hs.GradScaler(init_scale=0.0), ValueError, "init_scale is 0.0"),
         (lambda: hs.GradScaler(init_scale=math.inf), ValueError, "init_scale is inf"),
         (lambda: hs.GradScaler(growth_factor=0.5), ValueError, "growth_factor is 0.5"),

@@ -16,6 +16,8 @@ namespace halfstep {
 class HALFSTEP_API GradScalerOptions {
  public:
   GradScalerOptions& policy(policies::Rule rule);
+  /// A policy of the user.
+  GradScalerOptions& policy(std::shared_ptr<policies::Policy> custom);
   /// Without it: the device of the first loss.
   GradScalerOptions& device(c10::Device device);
   GradScalerOptions& enabled(bool value);
@@ -78,6 +80,8 @@ class HALFSTEP_API GradScaler {
   /// may evaluate it again (LBFGS), and a non-finite gradient then takes the whole step back.
   at::Tensor step(torch::optim::Optimizer& optimizer,
                   const torch::optim::Optimizer::LossClosure& closure = nullptr);
+  /// Applies the policy to what this iteration found, or sets the scale. Throws at the policy's
+  /// limit, when the host learns of it, under OnLimit::kRaise.
   void update(std::optional<double> new_scale = std::nullopt);
   /// Global norm over all `optimizers`, unscaled; the factor is folded into the step of halfstep
   /// optimizers.
