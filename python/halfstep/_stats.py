@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 
 from ._library import H
-from ._room import names_of, warn
+from ._room import capturing, names_of, warn
 
 STATE_ENTRIES, ROW = 16, 8
 SCALE, TRACKER, CLEAN, APPLIED, SKIPPED, CONSECUTIVE, LAST_BAD = 0, 1, 3, 4, 5, 6, 7
@@ -170,13 +170,14 @@ class History:
         norms = [control[2:3] for control in controls]
         overflowed = [there(n) for optimizer in self._optimizers for n in optimizer_overflow(optimizer)]
         tables = [table for entries, _ in self.steps for _, table in entries]
-        host_tables = tables if device.type == "cpu" and all(t.device.type == "cpu" for t in tables) else None  # read later, where they lie
+        captures = capturing()
+        host_tables = tables if not captures and device.type == "cpu" and all(t.device.type == "cpu" for t in tables) else None  # read later, where they lie
         numbers = torch.cat([state, norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.cat(norms)).reshape(1) if norms else zero,
                              torch.cat(overflowed).sum().reshape(1) if overflowed else zero, zero if self._flushed is None else there(self._flushed),
                              zero if self.loss is None else there(self.loss), *controls,
                              *[there(table if host_tables is None else table[-1]) for table in tables]])
         self.last = numbers if self.recorder is not None else None
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if captures:
             self._captured = (numbers, self.steps, self.floor)  # each replay fills the same tensor; stats() fetches it
             return
         self._captured = None
@@ -201,7 +202,7 @@ class History:
 
     def _fetch(self):
         """Numbers that a captured graph leaves on the device are sent for when somebody asks; the next question finds them."""
-        if self._captured is not None and not self._pending and not torch.cuda.is_current_stream_capturing():
+        if self._captured is not None and not self._pending and not capturing():
             numbers, steps, floor = self._captured
             self._pending.append(Update(None, floor, steps, *send(numbers, self._free), None))
         self.arrive()
