@@ -302,6 +302,8 @@ class SimResult:
         return table([self])
 
 
+_LOOKS_NOT, _USERS = 1, 5  # kinds of policies (csrc/math/scale.h): up to here gradients are not looked at; the user's own
+
 UNKNOWN = {
     "overflow": "was not finite at a higher scale: taken as finite",
     "zeros": "had zeros at a lower scale, some of which may not be: taken as zeros",
@@ -332,13 +334,12 @@ class _Replay:
 
     def update(self, bad, tables):
         found = torch.tensor(float(bad))
-        advance = getattr(policies, "advance", None)
-        if advance is None:
+        if self.vector[0] > _LOOKS_NOT and self.policy is None:
+            H.advance_scale_(self.scale, self.numbers, found, self.vector, tables, None)
+        elif self.policy is None or not hasattr(policies, "advance"):
             H.update_scale_(self.scale, self.numbers, found, self.vector)
-        elif self.policy is None:
-            H.update_scale_(self.scale, self.numbers, found, self.vector, tables, None)
         else:
-            advance(self.policy, self.vector, self.scale, self.numbers, self.user, found, tables)
+            policies.advance(self.policy, self.vector, self.scale, self.numbers, self.user, found, tables)
             if getattr(self.policy, "host", False):
                 asked = policies.advance_on_host(self.policy, self.user, self._stats(tables))
                 if asked is not None:
@@ -409,6 +410,8 @@ def simulate(trace, policy=None, name=None):
     first = trace.steps[0].start
     if policy is not None and not hasattr(policy, "vector"):
         raise TypeError(f"simulate: policy is {type(policy).__name__}; expected one of halfstep.policies, or None for the recorded one")
+    if policy is None and first["vector"][0] == _USERS:
+        raise ValueError(f"simulate: {trace.path} recorded a policy of yours, {first['policy']}; pass it as policy")
     replay, limited = _Replay(policy, first), trace.limited()
     name = name or (f"recorded: {first['policy']}" if policy is None else label(policy))
     result = SimResult(name, [], [], [], [], [], dict.fromkeys(UNKNOWN, 0))

@@ -382,15 +382,30 @@ def test_a_policy_of_the_users_own_is_replayed(tmp_path):
     scales, skips, _ = train(tmp_path / "t", policy=Half())
     result = hs.simulate(tmp_path / "t", Half())
     assert result.scale == scales and result.skipped == skips and 3 < sum(skips)
+    with pytest.raises(ValueError, match="recorded a policy of yours, Half; pass it"):
+        hs.simulate(tmp_path / "t")
+
+
+@pytest.mark.skipif(not hasattr(policies, "Policy"), reason="this version has no policies of the user's")
+def test_a_policy_that_runs_on_the_host_is_replayed(tmp_path):
+    class Norm(policies.Policy):
+        init_scale, host = 2.0**14, True
+
+        def update(self, state, stats):
+            return stats.scale / 2 if stats.last_found_inf else 2.0 ** (14 + stats.steps_applied % 3)
+
+    scales, skips, _ = train(tmp_path / "t", policy=Norm())
+    result = hs.simulate(tmp_path / "t", Norm())
+    assert result.scale == scales and result.skipped == skips and len(set(scales)) >= 3
 
 
 @pytest.mark.parametrize("name", ["LogMax", "Occupancy", "Underflow"])
 def test_policies_that_look_at_gradients_are_replayed_exactly(tmp_path, name):
     if not hasattr(policies, name):
         pytest.skip(f"this version has no {name}")
-    policy = getattr(policies, name)(init_scale=2.0**20)
+    policy = getattr(policies, name)(**{} if name == "LogMax" else {"init_scale": 2.0**20})
     scales, skips, _ = train(tmp_path / "t", policy=policy)
     for again in (policy, None):
         result = hs.simulate(tmp_path / "t", again)
         assert result.scale == scales and result.skipped == skips
-    assert len(set(scales)) > 2
+    assert len(set(scales)) > 1
