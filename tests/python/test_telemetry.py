@@ -260,5 +260,7 @@ def test_scaling_a_loss_with_its_flag_compiles_without_a_break():
         scaled(x).backward()
     assert float(scaler._history.loss) == pytest.approx(2 * float(net(x).mean().detach()))
     assert torch.allclose(net.bias.grad, torch.full((1,), 16.0))
+    scaler._history.close()
+    assert float(scaler._history.judged) == pytest.approx(2 * float(net(x).mean().detach())) and float(scaler._history.loss) == 0
     scaled(x * math.nan)
     assert not math.isfinite(float(scaler._history.loss))
