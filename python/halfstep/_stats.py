@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 
 from ._library import H
-from ._room import names_of, warn
+from ._room import capturing, names_of, warn
 
 STATE_ENTRIES, ROW = 16, 8
 SCALE, TRACKER, CLEAN, APPLIED, SKIPPED, CONSECUTIVE, LAST_BAD = 0, 1, 3, 4, 5, 6, 7
@@ -126,7 +126,8 @@ class History:
 
     def __init__(self):
         self.updates, self.steps, self._before = 0, [], 0
-        self.loss, self.floor = None, 0.0  # the sum of the losses scaled since the last update; the lowest scale that the policy allows
+        self.loss = self.judged = None  # sums of losses: scaled since the last update, and before it
+        self.floor = 0.0  # the lowest scale that the policy allows
         self.recorder = self.last = None  # halfstep.trace's, and for it the newest numbers where they are
         self._pending, self._newest, self._flushed, self._free, self._captured = [], None, None, [], None
         self._optimizers = weakref.WeakSet()
@@ -144,6 +145,10 @@ class History:
         self._pending, self._newest, self._zero_steps, self._diagnosis, self._captured, self._before = [], None, 0, None, None, self.updates
         if self.recorder is not None:
             self.recorder.restart()
+
+    def start(self, device):
+        # Not 0-d: torch 2.11 compiles writes into a 0-d FP64 tensor of the CPU away.
+        self.loss, self.judged = torch.zeros(1, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def scaled(self, loss):
@@ -170,25 +175,24 @@ class History:
         norms = [control[2:3] for control in controls]
         overflowed = [there(n) for optimizer in self._optimizers for n in optimizer_overflow(optimizer)]
         tables = [table for entries, _ in self.steps for _, table in entries]
-        host_tables = tables if device.type == "cpu" and all(t.device.type == "cpu" for t in tables) else None  # read later, where they lie
+        captures = capturing()
+        host_tables = tables if not captures and device.type == "cpu" and all(t.device.type == "cpu" for t in tables) else None  # read later, where they lie
         numbers = torch.cat([state, norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.cat(norms)).reshape(1) if norms else zero,
                              torch.cat(overflowed).sum().reshape(1) if overflowed else zero, zero if self._flushed is None else there(self._flushed),
-                             zero if self.loss is None else there(self.loss), *controls,
+                             zero if self.judged is None else there(self.judged), *controls,
                              *[there(table if host_tables is None else table[-1]) for table in tables]])
         self.last = numbers if self.recorder is not None else None
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if captures:
             self._captured = (numbers, self.steps, self.floor)  # each replay fills the same tensor; stats() fetches it
             return
         self._captured = None
         self._pending.append(Update(self.updates, self.floor, self.steps, *send(numbers, self._free), host_tables))
         self.arrive()
 
-    def finish(self, by_hand):
-        """The iteration is over; by_hand: the user set the scale, and updated() was not called."""
-        if self.recorder is not None:
-            self.recorder.updated(by_hand)
-        if self.loss is not None:
-            self.loss.zero_()
+    def close(self):
+        """The losses scaled so far are those of the update that begins."""
+        self.judged.copy_(self.loss)
+        self.loss.zero_()
 
     def arrive(self):
         """Takes in what has arrived, in order."""
@@ -201,7 +205,7 @@ class History:
 
     def _fetch(self):
         """Numbers that a captured graph leaves on the device are sent for when somebody asks; the next question finds them."""
-        if self._captured is not None and not self._pending and not torch.cuda.is_current_stream_capturing():
+        if self._captured is not None and not self._pending and not capturing():
             numbers, steps, floor = self._captured
             self._pending.append(Update(None, floor, steps, *send(numbers, self._free), None))
         self.arrive()

@@ -78,7 +78,7 @@ class GradScaler(torch.amp.GradScaler):
             self._state[SCALE], self._state[TRACKER] = self._init_scale, self._init_growth_tracker
         self._scale = self._state[SCALE].float().clone()
         self._growth_tracker = self._state[TRACKER]
-        self._history.loss = torch.zeros(1, dtype=torch.float64, device=dev)  # not 0-d: torch 2.11 compiles writes into a 0-d FP64 CPU tensor away
+        self._history.start(dev)
         self._user = policies.make_state(self._rule, dev, self._loaded_user)
 
     @property
@@ -387,6 +387,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return self._forget_clips()
         self._check_scale_growth_tracker("update")
+        self._history.close()
         if new_scale is not None:
             value = new_scale if isinstance(new_scale, torch.Tensor) else torch.tensor(float(new_scale))
             if value.numel() != 1 or value.requires_grad:
@@ -401,7 +402,8 @@ class GradScaler(torch.amp.GradScaler):
             policies.advance(self._rule, self._policy_vector, self._scale, self._state, self._user, self._combine(flags, self._scale.device), self._tables)
             self._history.floor = max(getattr(self._rule, "min_scale", 0.0), policies.LOWEST_SCALE)
             self._history.updated(self._state[:STATE_ENTRIES])
-        self._history.finish(by_hand=new_scale is not None)
+        if self._history.recorder is not None:
+            self._history.recorder.updated(by_hand=new_scale is not None)
         self._per_optimizer_states.clear()
         self._forget_clips()
         self._fresh = True

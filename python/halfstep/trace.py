@@ -111,7 +111,7 @@ class Recorder:
         scaler, history = self._scaler, self._scaler._history
         device = scaler._state.device
         if by_hand:
-            found, loss = scaler._combine(scaler._found.values(), device) if scaler._found else torch.zeros((), device=device), history.loss
+            found, loss = scaler._combine(scaler._found.values(), device) if scaler._found else torch.zeros((), device=device), history.judged
         else:
             found, loss = history.last[LAST_BAD], history.last[LOSS]
         there = lambda t: t.reshape(-1).to(device, torch.float64, non_blocking=True)

@@ -128,6 +128,24 @@ def test_nothing_waits_and_the_newest_that_arrived_is_shown(monkeypatch):
     assert scaler.tensor_stats()["p"].amax == 3 and scaler.stats().step == 3
 
 
+def test_what_replays_of_a_captured_graph_leave_is_fetched_on_demand(monkeypatch):
+    p, q = param(2), param(3)
+    opt, scaler = hs.optim.SGD([("p", p), ("q", q)], lr=0.0), ready()
+    p.grad, q.grad = torch.tensor([3.0, 4.0]).half(), torch.full((3,), 5.0).half()
+    scaler.step(opt)
+    monkeypatch.setattr(_stats, "capturing", lambda: True)
+    scaler.update()
+    assert scaler.tensor_stats() == {}  # nothing ran yet
+    monkeypatch.setattr(_stats, "capturing", lambda: False)
+    assert (scaler.stats().step, scaler.stats().scale) == (1, 4.0) and {k: t.amax for k, t in scaler.tensor_stats().items()} == {"p": 4, "q": 5}
+    numbers = scaler._history._captured[0]
+    numbers[_stats.SCALE], numbers[_stats.SKIPPED] = 2.0, 2.0  # as a replay would
+    numbers[-3 * 8 + 2] = 9.0
+    assert (scaler.stats().step, scaler.stats().scale) == (3, 2.0) and scaler.tensor_stats()["p"].amax == 9
+    scaler.step(opt), scaler.update()
+    assert scaler._history._captured is None and scaler.stats().scale == 4.0
+
+
 def test_host_memory_of_a_copy_is_used_again(monkeypatch):
     made = []
     real = torch.empty
@@ -242,5 +260,7 @@ def test_scaling_a_loss_with_its_flag_compiles_without_a_break():
         scaled(x).backward()
     assert float(scaler._history.loss) == pytest.approx(2 * float(net(x).mean().detach()))
     assert torch.allclose(net.bias.grad, torch.full((1,), 16.0))
+    scaler._history.close()
+    assert float(scaler._history.judged) == pytest.approx(2 * float(net(x).mean().detach())) and float(scaler._history.loss) == 0
     scaled(x * math.nan)
     assert not math.isfinite(float(scaler._history.loss))
