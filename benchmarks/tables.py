@@ -44,6 +44,16 @@ def conv_linear(result):
     return "\n".join(lines)
 
 
+def backward_stats(result):
+    rows = result["rows"]
+    lines = [f"Backward + step of SGD under a GradScaler, the fastest of {rows[0]['rounds']} interleaved rounds; {result['device']}; torch {result['versions']['torch']}, {result['date']}.", "",
+             "| net | statistics in the step | in the backward | ratio |", "| --- " * 4 + "|"]
+    for r in rows:
+        cells = [f"{r[f'{arm}_backward_ms']:.2f} + {r[f'{arm}_step_ms']:.2f} ms" for arm in ("pass", "hook")]
+        lines.append(f"| {r['case']} | {' | '.join(cells)} | {r['ratio']:.2f} |")
+    return "\n".join(lines)
+
+
 def policies(result):
     rows = result["rows"]
     lines = [f"Seven sigmoid layers on digits, FP16 weights, {rows[0]['steps']:,} steps, a NaN image in every {rows[0]['every']}th batch ({1000 // rows[0]['every']} skips per 1,000 are its own), "
@@ -54,7 +64,7 @@ def policies(result):
     return "\n".join(lines)
 
 
-TABLES = {"step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
+TABLES = {"backward_stats": backward_stats, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
 
 
 def main():

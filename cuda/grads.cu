@@ -102,9 +102,14 @@ __global__ void __launch_bounds__(kThreads) stats_chunks(Table table, BlockStats
 }
 
 __global__ void __launch_bounds__(kThreads)
-    stats_rows(Table table, const BlockStats* partials, double* result) {
+    stats_rows(Table table, const BlockStats* partials, double* result, const double* known) {
   for (int64_t r = blockIdx.x; r < table.count; r += gridDim.x) {
     const Row row = read_uniform(table.rows + r);
+    if (row.numel == kKnown) {
+      const int64_t at = row.index * math::kStatColumns + threadIdx.x;
+      if (threadIdx.x < math::kStatColumns) write(result + at, read(known + at));
+      continue;
+    }
     BlockStats mine;
     for (int64_t c = threadIdx.x; c < chunks_of(row.numel); c += kThreads)
       mine.add(read(partials + row.first_chunk + c));
@@ -153,6 +158,112 @@ __global__ void zero_rows(double* result, int64_t count) {
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count;
        i += int64_t(gridDim.x) * kThreads)
     write(result + i, 0.0);
+}
+
+// ---- grad_histogram ----------------------------------------------------------------------------
+// Per tensor: how many |x| / scale lie between which powers of two (math::HistogramColumn).
+//   One read of each gradient and 496 bytes a chunk of 16,384 elements. The division is FP64, a
+//   product where the scale is a power of two: the same bits as on the CPU.
+//   histogram_chunks: a block a chunk; each warp counts in shared memory of its own, with atomics
+//   on integers, so that the order of threads does not matter. histogram_rows: a block a tensor
+//   adds its chunks.
+// Tests: tests/emulation/grads_test.cpp, tests/gpu.
+
+__device__ double number(Scalar scalar, double otherwise) {
+  if (!scalar.data) return otherwise;
+  return scalar.is_double ? read_uniform(static_cast<const double*>(scalar.data))
+                          : double(read_uniform(static_cast<const float*>(scalar.data)));
+}
+
+template <Dtype kDtype, class Stored>
+__device__ double count_chunk(const Stored* grad, const math::Unscale& unscale, int64_t begin,
+                              int64_t end, int* counts) {
+  constexpr int kCount = int(16 / sizeof(Stored));
+  double amax = 0;
+  for (int64_t i = begin + int64_t(threadIdx.x) * kCount; i < end; i += kThreads * kCount) {
+    const int lanes = end - i < kCount ? int(end - i) : kCount;
+    const auto group = read_group<kCount>(grad, i, lanes);
+    HALFSTEP_UNROLL
+    for (int k = 0; k < kCount; ++k) {
+      if (k >= lanes) continue;
+      const double x = math::load_scalar<double>(group.x, kDtype, k);
+      const double magnitude = x < 0 ? -x : x;
+      const double divided =
+          unscale.power_of_two ? magnitude * unscale.inverse : magnitude / unscale.scale;
+      const int column = math::histogram_column(magnitude, divided);
+      add_shared(counts + column, 1);
+      if (column != math::kHistNonfinite && magnitude > amax) amax = magnitude;
+    }
+  }
+  return amax;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    histogram_chunks(Table table, Scalar scale, int64_t* partials) {
+  HALFSTEP_SHARED(int, counts, kWarps* math::kHistColumns);
+  HALFSTEP_SHARED(double, largest, kWarps);
+  const math::Unscale unscale(number(scale, 1));
+  for_each_chunk(table, [&](const Row& row, int64_t, int64_t chunk, int64_t begin, int64_t end) {
+    __syncthreads();  // nobody still reads the counts before
+    for (int c = threadIdx.x; c < kWarps * math::kHistColumns; c += kThreads) counts[c] = 0;
+    __syncthreads();
+    int* mine = counts + threadIdx.x / 32 * math::kHistColumns;
+    const void* grad = row.tensor.grad;
+    double amax = 0;
+    switch (row.tensor.grad_dtype) {
+      case Dtype::kF16:
+        amax =
+            count_chunk<Dtype::kF16>(static_cast<const uint16_t*>(grad), unscale, begin, end, mine);
+        break;
+      case Dtype::kBF16:
+        amax = count_chunk<Dtype::kBF16>(static_cast<const uint16_t*>(grad), unscale, begin, end,
+                                         mine);
+        break;
+      case Dtype::kF32:
+        amax = count_chunk<Dtype::kF32>(static_cast<const float*>(grad), unscale, begin, end, mine);
+        break;
+      default:
+        amax =
+            count_chunk<Dtype::kF64>(static_cast<const double*>(grad), unscale, begin, end, mine);
+    }
+    amax = reduce_block(amax, Largest(), largest);
+    for (int c = threadIdx.x; c < math::kHistColumns; c += kThreads) {
+      int64_t sum = 0;
+      for (int warp = 0; warp < kWarps; ++warp) sum += counts[warp * math::kHistColumns + c];
+      // Thread 0 holds the amax, and writes it in the place of a count.
+      if (c != math::kHistAmax) write(partials + chunk * math::kHistColumns + c, sum);
+    }
+    if (threadIdx.x == 0)
+      write(partials + chunk * math::kHistColumns + math::kHistAmax, math::bit_cast<int64_t>(amax));
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    histogram_rows(Table table, Scalar scale, const int64_t* partials, double* result) {
+  constexpr int kParts = kThreads / 64;  // chunks that are added side by side
+  HALFSTEP_SHARED(int64_t, sums, kThreads);
+  const int column = int(threadIdx.x) % 64, part = int(threadIdx.x) / 64;
+  const double divisor = number(scale, 1);
+  // Bits of non-negative doubles compare as integers.
+  const auto join = [&](int64_t a, int64_t b) {
+    return column != math::kHistAmax ? a + b : a > b ? a : b;
+  };
+  for (int64_t r = blockIdx.x; r < table.count; r += gridDim.x) {
+    const Row row = read_uniform(table.rows + r);
+    int64_t sum = 0;
+    if (column < math::kHistColumns)
+      for (int64_t c = part; c < chunks_of(row.numel); c += kParts)
+        sum = join(sum, read(partials + (row.first_chunk + c) * math::kHistColumns + column));
+    __syncthreads();  // nobody still reads the sums before
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (part != 0 || column >= math::kHistColumns) continue;
+    for (int p = 1; p < kParts; ++p) sum = join(sum, sums[p * 64 + column]);
+    const double value = column == math::kHistCount  ? double(row.numel)
+                         : column == math::kHistAmax ? math::bit_cast<double>(sum) / divisor
+                                                     : double(sum);
+    write(result + row.index * math::kHistColumns + column, value);
+  }
 }
 
 // ---- unscale -----------------------------------------------------------------------------------
@@ -204,12 +315,6 @@ struct Totals {
   bool first, last;
 };
 
-__device__ double number(Scalar scalar, double otherwise) {
-  if (!scalar.data) return otherwise;
-  return scalar.is_double ? read(static_cast<const double*>(scalar.data))
-                          : double(read(static_cast<const float*>(scalar.data)));
-}
-
 /// One thread. Between launches the sum of squares waits in control[kControlNorm], the flag in
 /// control[kControlFoundInf].
 __global__ void control_totals(Totals totals, Scalar scale, Scalar found_inf, Scalar clip,
@@ -229,7 +334,7 @@ __global__ void control_totals(Totals totals, Scalar scale, Scalar found_inf, Sc
 }  // namespace
 
 Status grad_stats(const Table& table, BlockStats* partials, double* result, int64_t n,
-                  Stream stream) {
+                  const double* known, Stream stream) {
   const int64_t cells = (n + 1) * math::kStatColumns;
   Status status =
       launch(zero_rows, (cells + kThreads - 1) / kThreads, kThreads, stream, result, cells);
@@ -238,8 +343,30 @@ Status grad_stats(const Table& table, BlockStats* partials, double* result, int6
                     table, partials);
   if (status == kSuccess)
     status = launch(stats_rows, grid_for(stats_rows, kThreads, table.count), kThreads, stream,
-                    table, partials, result);
+                    table, partials, result, known);
   if (status == kSuccess) status = launch(stats_totals, 1, kThreads, stream, table, result, n);
+  return status;
+}
+
+Status grad_stats_rows(const Table& table, BlockStats* partials, double* result, Stream stream) {
+  const Status status = launch(stats_chunks, grid_for(stats_chunks, kThreads, table.chunks),
+                               kThreads, stream, table, partials);
+  if (status != kSuccess) return status;
+  return launch(stats_rows, grid_for(stats_rows, kThreads, table.count), kThreads, stream, table,
+                partials, result, nullptr);
+}
+
+Status grad_histogram(const Table& table, Scalar scale, int64_t* partials, double* result,
+                      int64_t n, Stream stream) {
+  const int64_t cells = n * math::kHistColumns;
+  Status status =
+      launch(zero_rows, (cells + kThreads - 1) / kThreads, kThreads, stream, result, cells);
+  if (status == kSuccess)
+    status = launch(histogram_chunks, grid_for(histogram_chunks, kThreads, table.chunks), kThreads,
+                    stream, table, scale, partials);
+  if (status == kSuccess)
+    status = launch(histogram_rows, grid_for(histogram_rows, kThreads, table.count), kThreads,
+                    stream, table, scale, partials, result);
   return status;
 }
 

@@ -55,20 +55,31 @@ const char* architectures();
 /// at once, and a captured graph holds its own.
 Status upload(void* to, const void* host_bytes, int64_t size, Stream stream);
 
-// ---- grads -------------------------------------------------------------------------------------
-/// result: float64 [n + 1, kStatColumns]. Row table.rows[r].index is filled from tensor.grad, the
-/// others are zeroed, row n holds the totals. partials: table.chunks entries of scratch.
-Status grad_stats(const Table& table, math::BlockStats* partials, double* result, int64_t n,
-                  Stream stream);
-/// tensor.param = tensor.grad * inv_scale, rounded once to param_dtype; *found_inf = 1 when an
-/// element is non-finite before or after. May run in place.
-Status unscale(const Table& table, const float* inv_scale, float* found_inf, Stream stream);
-
 /// A number on the device, or its absence.
 struct Scalar {
   const void* data = nullptr;
   bool is_double = false;
 };
+
+// ---- grads -------------------------------------------------------------------------------------
+/// Size of a row whose numbers are known already: it has no chunks.
+constexpr int64_t kKnown = -1;
+/// result: float64 [n + 1, kStatColumns]. Row table.rows[r].index is filled from tensor.grad, or
+/// from the same row of `known` where its numel is kKnown; the others are zeroed, row n holds the
+/// totals. partials: table.chunks entries of scratch.
+Status grad_stats(const Table& table, math::BlockStats* partials, double* result, int64_t n,
+                  const double* known, Stream stream);
+/// Only the rows of `table`: neither the others nor the totals are written.
+Status grad_stats_rows(const Table& table, math::BlockStats* partials, double* result,
+                       Stream stream);
+/// result: float64 [n, kHistColumns]; rows as in grad_stats, without totals. partials:
+/// table.chunks * kHistColumns entries of scratch.
+Status grad_histogram(const Table& table, Scalar scale, int64_t* partials, double* result,
+                      int64_t n, Stream stream);
+/// tensor.param = tensor.grad * inv_scale, rounded once to param_dtype; *found_inf = 1 when an
+/// element is non-finite before or after. May run in place.
+Status unscale(const Table& table, const float* inv_scale, float* found_inf, Stream stream);
+
 /// control: float64 [kControlEntries]; totals: host array of `count` pointers to last rows of
 /// grad_stats.
 Status step_control(const double* const* totals, int64_t count, Scalar scale, Scalar found_inf,

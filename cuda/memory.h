@@ -48,6 +48,15 @@ HALFSTEP_FN void add_count(int64_t* to, int64_t value) {
 #endif
 }
 
+/// The same in memory that a block of threads shares.
+HALFSTEP_FN void add_shared(int* to, int value) {
+#if defined(__CUDA_ARCH__)
+  atomicAdd(to, value);
+#else
+  *to += value;
+#endif
+}
+
 HALFSTEP_FN bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }

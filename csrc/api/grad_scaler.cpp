@@ -29,6 +29,7 @@ void GradScaler::State::make(c10::Device on) {
   policy = policy.to(on);
   numbers = numbers.to(on);
   scale = numbers[math::kStateScale].to(at::kFloat).clone();
+  loss = at::zeros({1}, at::TensorOptions(at::kDouble).device(on));
   make_custom(on);
 }
 
@@ -43,6 +44,7 @@ void GradScaler::State::begin() {
   fresh = false;
   last_found.clear();
   norms.clear();
+  controls.clear();
   overflowed.clear();
   rows.clear();
   tables.clear();
@@ -92,6 +94,12 @@ at::Tensor GradScaler::scale(const at::Tensor& loss) {
     TORCH_CHECK(!s.device || s.device->type() == loss.device().type(), "GradScaler was made for ",
                 *s.device, " but the loss is on ", loss.device());
     s.make(loss.device());
+  }
+  {
+    // One addition on the device: whether the loss was finite is read with the update's numbers.
+    const at::NoGradGuard no_grad;
+    const at::Tensor value = loss.detach();
+    s.loss.add_((value.dim() == 0 ? value : value.sum()).to(s.loss.device()));
   }
   const auto type = loss.scalar_type();
   const at::Tensor wide = type == at::kHalf || type == at::kBFloat16 ? loss.to(at::kFloat) : loss;
@@ -324,6 +332,7 @@ void GradScaler::update(std::optional<double> new_scale) {
     ++s.updates;
     s.take_snapshot();
   }
+  s.loss.zero_();
   s.progress.clear();
   s.fresh = true;
   s.learn();  // last: what it throws leaves the scaler between two iterations

@@ -22,16 +22,33 @@ struct Progress {
   at::Tensor clip;
 };
 
-/// One update's numbers on the host: state, norm, overflow count, totals of each group.
+/// One table of grad_stats of an update, the names of its rows, and the step it belongs to.
+struct StatTable {
+  at::Tensor table;
+  std::vector<std::string> names;
+  int64_t step = 0;
+};
+
+/// One update's numbers on the host: state, norm, overflow count, loss, the controls of the steps,
+/// then the tables of grad_stats (on the CPU they are read where they lie).
 struct Snapshot {
   static constexpr int64_t kNorm = math::kStateEntries;
   static constexpr int64_t kOverflowed = kNorm + 1;
-  static constexpr int64_t kRows = kNorm + 2;
+  static constexpr int64_t kLoss = kNorm + 2;
+  static constexpr int64_t kControls = kNorm + 3;
 
   int64_t updates = 0;
+  double floor = 0;  ///< the lowest scale that the policy allows
   at::Tensor numbers;
-  std::vector<std::vector<std::string>> names;
+  std::vector<StatTable> tables;
   std::optional<c10::Event> copied;  ///< on a device: done once the copy to the host is
+
+  /// The rows of table `i`, the totals last.
+  const double* rows(size_t i) const;
+  const double* totals(size_t i) const {
+    return rows(i) + (tables[i].table.size(0) - 1) * math::kStatColumns;
+  }
+  int64_t steps = 0;
 };
 
 struct GradScaler::State {
@@ -44,8 +61,9 @@ struct GradScaler::State {
   std::map<const torch::optim::Optimizer*, at::Tensor> last_found;
   bool fresh = true;
   int64_t updates = 0;
-  std::vector<at::Tensor> norms, overflowed;
-  std::vector<std::pair<at::Tensor, std::vector<std::string>>> rows;
+  at::Tensor loss;  ///< float64 [1]: sum of the losses scaled since the last update
+  std::vector<at::Tensor> norms, controls, overflowed;
+  std::vector<StatTable> rows;
   std::deque<Snapshot> snapshots;           ///< the newest last
   std::vector<at::Tensor> tables;           ///< of gradients that carry the scale: for the policy
   policies::Numbers custom, loaded_custom;  ///< tensors of a policy of the user
@@ -53,6 +71,7 @@ struct GradScaler::State {
   double limits = 0;                        ///< times that the limit was reached, as it knows
   bool warned_flush = false;
   int zero_steps = 0;
+  mutable bool told_stuck = false;
 
   void make(c10::Device on);
   void require(const char* call) const;
@@ -81,7 +100,10 @@ struct GradScaler::State {
   void take_snapshot();
   /// A snapshot of what was loaded, so that stats() goes on from there.
   void show_loaded();
-  void watch_zeros(const at::Tensor& numbers);
+  void watch_zeros(const Snapshot& snapshot);
+  const Snapshot* newest() const;
+  /// Why steps are skipped one after another, or empty; warned of once an episode.
+  std::string diagnose(const Snapshot& snapshot) const;
 };
 
 // ---- the states of other projects: scaler_formats.cpp

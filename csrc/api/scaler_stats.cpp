@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "scaler_state.h"
@@ -29,31 +30,44 @@ GradStats GradScaler::State::stats_of(torch::optim::Optimizer& optimizer) const 
 }
 
 void GradScaler::State::record(const GradStats& stats, const at::Tensor& control) {
-  norms.push_back(control[math::kControlNorm].to(scale.device()));
+  const at::Tensor here = control.to(scale.device());
+  norms.push_back(here[math::kControlNorm]);
+  controls.push_back(here);
   for (const auto& [room, table] : stats) {
-    rows.emplace_back(table.select(0, -1).to(scale.device()),
-                      room ? room->names : std::vector<std::string>());
+    rows.push_back({table.to(scale.device()), room ? room->names : std::vector<std::string>(),
+                    int64_t(controls.size()) - 1});
     if (room) overflowed.push_back(room->overflowed.sum().to(scale.device()));
   }
 }
 
+const double* Snapshot::rows(size_t i) const {
+  if (!copied) return tables[i].table.const_data_ptr<double>();
+  int64_t at = kControls + steps * math::kControlEntries;
+  for (size_t t = 0; t < i; ++t) at += tables[t].table.numel();
+  return numbers.const_data_ptr<double>() + at;
+}
+
 void GradScaler::State::take_snapshot() {
   Snapshot snapshot;
+  snapshot.updates = updates;
+  snapshot.floor = std::max(rule.numbers[math::kPolicyMinScale], math::kLowestScale);
+  snapshot.steps = int64_t(controls.size());
+  snapshot.tables = rows;
   std::vector<at::Tensor> parts = {numbers};
   parts.push_back(norms.empty() ? at::full({1}, std::nan(""), numbers.options())
                                 : at::linalg_vector_norm(at::stack(norms)).reshape({1}));
   parts.push_back(overflowed.empty() ? at::zeros({1}, numbers.options())
                                      : at::stack(overflowed).sum().to(at::kDouble).reshape({1}));
-  for (const auto& [row, names] : rows) {
-    parts.push_back(row);
-    snapshot.names.push_back(names);
-  }
-  snapshot.updates = updates;
+  parts.push_back(loss);
+  parts.insert(parts.end(), controls.begin(), controls.end());
+  const bool on_cpu = numbers.is_cpu();
+  if (!on_cpu)
+    for (const auto& entry : rows) parts.push_back(entry.table.reshape({-1}));
   const at::Tensor here = at::cat(parts);
-  if (here.is_cpu()) {
+  if (on_cpu) {
     snapshot.numbers = here;
     snapshots.clear();
-    watch_zeros(here);
+    watch_zeros(snapshot);
   } else {
     // A pageable target would make the copy wait; the event says when the pinned one is filled.
     snapshot.numbers = at::empty(here.sizes(), at::TensorOptions(at::kDouble).pinned_memory(true));
@@ -64,31 +78,83 @@ void GradScaler::State::take_snapshot() {
     while (snapshots.size() >= 16) snapshots.pop_front();
   }
   snapshots.push_back(std::move(snapshot));
+  if (on_cpu) diagnose(snapshots.back());
 }
 
 void GradScaler::State::show_loaded() {
   Snapshot snapshot;
   snapshot.updates = updates;
   snapshot.numbers = at::cat(
-      {loaded, at::full({1}, std::nan(""), loaded.options()), at::zeros({1}, loaded.options())});
+      {loaded, at::full({1}, std::nan(""), loaded.options()), at::zeros({2}, loaded.options())});
   snapshots.clear();
   snapshots.push_back(std::move(snapshot));
 }
 
 /// torch's own clip_grad_norm_ on scaled FP16 gradients has an infinite norm and leaves zeros.
-void GradScaler::State::watch_zeros(const at::Tensor& here) {
-  const double* x = here.const_data_ptr<double>();
+void GradScaler::State::watch_zeros(const Snapshot& snapshot) {
   double zeros = 0, elements = 0;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    const double* row = x + Snapshot::kRows + int64_t(i) * math::kStatColumns;
-    zeros += row[math::kStatZeros];
-    elements += row[math::kStatCount];
+  for (size_t i = 0; i < snapshot.tables.size(); ++i) {
+    zeros += snapshot.totals(i)[math::kStatZeros];
+    elements += snapshot.totals(i)[math::kStatCount];
   }
   zero_steps = elements > 0 && zeros == elements ? zero_steps + 1 : 0;
   if (zero_steps == 2)
     TORCH_WARN(
         "all gradients were exactly zero in two steps running: were scaled FP16 gradients "
         "clipped? use scaler.clip_grad_norm_");
+}
+
+namespace {
+
+std::string name_at(const StatTable& table, size_t row) {
+  return row < table.names.size() ? table.names[row] : "parameter " + std::to_string(row);
+}
+
+/// The first parameter with a non-finite gradient, or empty.
+std::string first_bad(const Snapshot& snapshot) {
+  for (size_t i = 0; i < snapshot.tables.size(); ++i) {
+    const auto bad = int64_t(snapshot.totals(i)[math::kStatFirstBad]);
+    if (bad >= 0) return name_at(snapshot.tables[i], size_t(bad));
+  }
+  return {};
+}
+
+constexpr double kStuck = 20;        ///< skips in a row before a diagnosis
+constexpr double kStuckAtFloor = 3;  ///< and where the scale can fall no further
+
+void warn_stuck(const std::string& diagnosis, double skips, double scale, const std::string& name) {
+  const std::string start = std::to_string(int64_t(skips)) + " steps in a row were skipped ";
+  if (diagnosis == "loss is not finite") {
+    TORCH_WARN(
+        start,
+        "and the loss itself is inf or NaN, which no scale can mend: look at the inputs, the "
+        "forward pass and the weights, or go back to a checkpoint");
+  } else if (diagnosis == "gradients overflow") {
+    TORCH_WARN(start, "though the loss is finite: gradients overflow at scale ", scale, ", '", name,
+               "' first. A fixed scale must be lower; under another policy keep that layer in "
+               "FP32, or look for an inf that its backward makes");
+  } else {
+    TORCH_WARN(start, "and the scale is at its floor ", scale,
+               ": gradients overflow whatever the scale, '", name,
+               "' first. Keep that layer in FP32, look for an inf that its backward makes, or "
+               "lower the policy's min_scale");
+  }
+}
+
+}  // namespace
+
+std::string GradScaler::State::diagnose(const Snapshot& snapshot) const {
+  const double* x = snapshot.numbers.const_data_ptr<double>();
+  const double skips = x[math::kStateConsecutiveSkips], at = x[math::kStateScale];
+  const bool at_floor = at <= snapshot.floor;
+  std::string diagnosis;
+  if (x[math::kStateLastFoundInf] != 0 && skips >= (at_floor ? kStuckAtFloor : kStuck))
+    diagnosis = !std::isfinite(x[Snapshot::kLoss]) ? "loss is not finite"
+                : at_floor                         ? "scale is at its floor"
+                                                   : "gradients overflow";
+  if (!diagnosis.empty() && !told_stuck) warn_stuck(diagnosis, skips, at, first_bad(snapshot));
+  told_stuck = !diagnosis.empty();
+  return diagnosis;
 }
 
 bool GradScaler::step_was_skipped() const {
@@ -102,12 +168,16 @@ bool GradScaler::step_was_skipped(const torch::optim::Optimizer& optimizer) cons
   return found != state_->last_found.end() && found->second.item<float>() != 0;
 }
 
+const Snapshot* GradScaler::State::newest() const {
+  const Snapshot* newest = nullptr;
+  for (const Snapshot& snapshot : snapshots)  // a stream finishes them in their order
+    if (!snapshot.copied || snapshot.copied->query()) newest = &snapshot;
+  return newest;
+}
+
 ScalerStats GradScaler::stats() const {
   const State& s = *state_;
-  const Snapshot* newest = nullptr;
-  for (const Snapshot& snapshot : s.snapshots)  // a stream finishes them in their order
-    if (!snapshot.copied || snapshot.copied->query()) newest = &snapshot;
-  if (newest) return s.describe(*newest);
+  if (const Snapshot* newest = s.newest()) return s.describe(*newest);
   ScalerStats out;
   const bool readable = s.enabled && s.scale.defined() && s.scale.is_cpu();
   out.scale = readable ? s.scale.item<float>() : s.rule.numbers[math::kPolicyInitScale];
@@ -128,20 +198,45 @@ ScalerStats GradScaler::State::describe(const Snapshot& snapshot) const {
   out.grad_norm = x[Snapshot::kNorm];
   out.overflowed = int64_t(x[Snapshot::kOverflowed]);
   double zeros = 0, subnormals = 0, elements = 0;
-  for (size_t i = 0; i < snapshot.names.size(); ++i) {
-    const double* row = x + Snapshot::kRows + int64_t(i) * math::kStatColumns;
+  for (size_t i = 0; i < snapshot.tables.size(); ++i) {
+    const double* row = snapshot.totals(i);
     zeros += row[math::kStatZeros];
     subnormals += row[math::kStatSubnormals];
     elements += row[math::kStatCount];
     out.amax = math::BlockStats::larger(out.amax, row[math::kStatAmax]);
-    const auto bad = int64_t(row[math::kStatFirstBad]);
-    if (bad < 0 || !out.first_bad_param.empty()) continue;
-    const auto& names = snapshot.names[i];
-    out.first_bad_param =
-        size_t(bad) < names.size() ? names[size_t(bad)] : "parameter " + std::to_string(bad);
   }
+  out.first_bad_param = first_bad(snapshot);
   out.zero_share = elements > 0 ? zeros / elements : 0;
   out.subnormal_share = elements > zeros ? subnormals / (elements - zeros) : 0;
+  if (!snapshot.tables.empty()) out.diagnosis = diagnose(snapshot);
+  return out;
+}
+
+std::map<std::string, TensorStats> GradScaler::tensor_stats() const {
+  std::map<std::string, TensorStats> out;
+  const Snapshot* newest = state_->newest();
+  if (!newest) return out;
+  const double* x = newest->numbers.const_data_ptr<double>() + Snapshot::kControls;
+  for (size_t i = 0; i < newest->tables.size(); ++i) {
+    const StatTable& table = newest->tables[i];
+    const double* control = x + table.step * math::kControlEntries;
+    const double scale = control[math::kControlClip] / control[math::kControlMultiplier];
+    for (int64_t r = 0; r + 1 < table.table.size(0); ++r) {
+      const double* row = newest->rows(i) + r * math::kStatColumns;
+      const double count = row[math::kStatCount], zeros = row[math::kStatZeros];
+      if (count == 0) continue;
+      std::string name = name_at(table, size_t(r));
+      // Optimizers without names call their parameters alike.
+      for (int other = 2; out.count(name); ++other)
+        name = name_at(table, size_t(r)) + " (" + std::to_string(other) + ")";
+      out[name] = {row[math::kStatAmax],
+                   std::sqrt(row[math::kStatSumSquares]) / scale,
+                   zeros / count,
+                   count > zeros ? row[math::kStatSubnormals] / (count - zeros) : 0,
+                   int64_t(row[math::kStatNonfinite]),
+                   int64_t(count)};
+    }
+  }
   return out;
 }
 

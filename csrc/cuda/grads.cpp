@@ -7,11 +7,9 @@ namespace halfstep::cuda {
 
 namespace {
 
-at::Tensor grad_stats_cuda(const ops::OptionalTensors& grads, at::TensorList table) {
-  ops::check_grads("grad_stats", grads);
-  const std::vector<at::Tensor> tensors = ops::dense_grads(grads);
+/// Rows of the gradients that there are; `any` becomes one of them.
+ops::Gathered gradient_rows(const std::vector<at::Tensor>& tensors, const at::Tensor*& any) {
   ops::Gathered work;
-  const at::Tensor* any = nullptr;
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (!tensors[i].defined()) continue;
     any = &tensors[i];
@@ -22,18 +20,84 @@ at::Tensor grad_stats_cuda(const ops::OptionalTensors& grads, at::TensorList tab
     work.numels.push_back(tensors[i].numel());
     work.index.push_back(int64_t(i));
   }
+  return work;
+}
+
+at::Tensor empty_rows(const Place& place, size_t rows, int64_t columns) {
+  return at::empty({int64_t(rows), columns}, at::TensorOptions(at::kDouble).device(place.device()));
+}
+
+at::Tensor stats_of(const char* op, const ops::Gathered& work, const Place& place, size_t n,
+                    const double* known, at::TensorList table) {
+  const std::vector<Row> rows = make_rows(work);
+  const DeviceTable device(op, place, rows, table);
+  const at::Tensor partials =
+      place.scratch(device.get().chunks * int64_t(sizeof(math::BlockStats)));
+  at::Tensor result = empty_rows(place, n + 1, math::kStatColumns);
+  check(op, grad_stats(device.get(), static_cast<math::BlockStats*>(partials.data_ptr()),
+                       result.mutable_data_ptr<double>(), int64_t(n), known, place.stream()));
+  return result;
+}
+
+at::Tensor grad_stats_cuda(const ops::OptionalTensors& grads, at::TensorList table) {
+  ops::check_grads("grad_stats", grads);
+  const std::vector<at::Tensor> tensors = ops::dense_grads(grads);
+  const at::Tensor* any = nullptr;
+  const ops::Gathered work = gradient_rows(tensors, any);
   TORCH_CHECK(any, "grad_stats: no gradient is given, so the device is unknown");
   const Place place(*any);
   ops::check_table("grad_stats", table, *any, grads.size(), sizeof(Row));
-  const std::vector<Row> rows = make_rows(work);
-  const DeviceTable device("grad_stats", place, rows, table);
+  return stats_of("grad_stats", work, place, grads.size(), nullptr, table);
+}
+
+void grad_stats_row_cuda(const at::Tensor& grad, const at::Tensor& rows, int64_t index) {
+  const char* op = "grad_stats_row_";
+  ops::check_stats_row(grad, rows, index);
+  const at::Tensor* any = nullptr;
+  const at::Tensor flat = grad.is_non_overlapping_and_dense() ? grad : grad.contiguous();
+  ops::Gathered work = gradient_rows({flat}, any);
+  work.index[0] = index;
+  const Place place(grad);
+  const DeviceTable device(op, place, make_rows(work), {});
   const at::Tensor partials =
       place.scratch(device.get().chunks * int64_t(sizeof(math::BlockStats)));
-  at::Tensor result = at::empty({int64_t(grads.size()) + 1, math::kStatColumns},
-                                at::TensorOptions(at::kDouble).device(place.device()));
-  check("grad_stats",
-        grad_stats(device.get(), static_cast<math::BlockStats*>(partials.data_ptr()),
-                   result.mutable_data_ptr<double>(), int64_t(grads.size()), place.stream()));
+  check(op, grad_stats_rows(device.get(), static_cast<math::BlockStats*>(partials.data_ptr()),
+                            rows.mutable_data_ptr<double>(), place.stream()));
+}
+
+at::Tensor grad_stats_rest_cuda(const ops::OptionalTensors& grads, const at::Tensor& rows,
+                                at::IntArrayRef stale, at::TensorList table) {
+  const char* op = "grad_stats_rest";
+  ops::check_stats_rest(grads, rows, stale);
+  ops::check_table(op, table, rows, grads.size(), sizeof(Row));
+  const std::vector<at::Tensor> tensors = ops::dense_grads(grads);
+  const at::Tensor* any = nullptr;
+  ops::Gathered work = gradient_rows(tensors, any);
+  std::vector<bool> read(tensors.size(), false);
+  for (const int64_t i : stale) read[size_t(i)] = true;
+  for (size_t r = 0; r < work.index.size(); ++r)
+    if (!read[size_t(work.index[r])]) work.numels[r] = kKnown;
+  const Place place(rows);
+  return stats_of(op, work, place, grads.size(), rows.const_data_ptr<double>(), table);
+}
+
+at::Tensor grad_histogram_cuda(const ops::OptionalTensors& grads,
+                               const std::optional<at::Tensor>& scale) {
+  const char* op = "grad_histogram";
+  ops::check_histogram(grads, scale);
+  const std::vector<at::Tensor> tensors = ops::dense_grads(grads);
+  const at::Tensor* any = nullptr;
+  const ops::Gathered work = gradient_rows(tensors, any);
+  TORCH_CHECK(any, op, ": no gradient is given, so the device is unknown");
+  const Place place(*any);
+  const DeviceTable device(op, place, make_rows(work), {});
+  const at::Tensor partials =
+      place.scratch(device.get().chunks * math::kHistColumns * int64_t(sizeof(int64_t)));
+  at::Tensor result = empty_rows(place, grads.size(), math::kHistColumns);
+  check(op,
+        grad_histogram(device.get(), halfstep::cuda::scalar(scale),
+                       static_cast<int64_t*>(partials.data_ptr()),
+                       result.mutable_data_ptr<double>(), int64_t(grads.size()), place.stream()));
   return result;
 }
 
@@ -96,6 +160,9 @@ at::Tensor step_control_cuda(at::TensorList stats, const std::optional<at::Tenso
 
 TORCH_LIBRARY_IMPL(halfstep, CUDA, m) {
   m.impl("grad_stats", grad_stats_cuda);
+  m.impl("grad_stats_row_", grad_stats_row_cuda);
+  m.impl("grad_stats_rest", grad_stats_rest_cuda);
+  m.impl("grad_histogram", grad_histogram_cuda);
   m.impl("unscale_", unscale_);
   m.impl("unscale_to_", unscale_to_);
   m.impl("step_control", step_control_cuda);

@@ -20,6 +20,26 @@ enum StatColumn : int {
   kStatColumns = 8,
 };
 
+/// Columns of the float64 [n, 62] result of grad_histogram: a histogram of |x| / scale by powers of
+/// two. All but the amax are counts.
+enum HistogramColumn : int {
+  kHistCount = 0,      ///< elements
+  kHistZeros = 1,      ///< equal to 0 (either sign)
+  kHistNonfinite = 2,  ///< inf or NaN
+  kHistAmax = 3,       ///< largest |x| / scale of the finite elements
+  kHistUnder = 4,      ///< not 0, and below 2^-40
+  kHistFirst = 5,      ///< kHistFirst + k: in [2^(k-40), 2^(k-39)), k = 0 ... 55
+  kHistOver = 61,      ///< finite, and 2^16 or above
+  kHistColumns = 62,
+};
+constexpr int kHistLowest = -40;  ///< exponent of kHistFirst
+
+/// What grad_histogram gathers over a run of elements; counts by column, the amax as stored.
+struct Histogram {
+  int64_t counts[kHistColumns] = {};
+  double amax = 0;
+};
+
 /// Entries of the float64 [4] result of step_control.
 enum ControlEntry : int {
   kControlFoundInf = 0,    ///< not 0: the step is skipped
@@ -67,6 +87,38 @@ HALFSTEP_FN void write_stats_row(double* row, const BlockStats& s, int64_t numel
   row[kStatCount] = double(numel);
   row[kStatFirstBad] = first_bad;
   row[kStatFoundInf] = s.nonfinite > 0 ? 1.0 : 0.0;
+}
+
+/// A row of grad_stats as it was before it was written.
+HALFSTEP_FN BlockStats read_stats_row(const double* row) {
+  BlockStats s;
+  s.sum_squares = row[kStatSumSquares];
+  s.amax = row[kStatAmax];
+  s.nonfinite = int64_t(row[kStatNonfinite]);
+  s.zeros = int64_t(row[kStatZeros]);
+  s.subnormals = int64_t(row[kStatSubnormals]);
+  return s;
+}
+
+/// |x| / scale, rounded once; dividing is slow, and by a power of two a product is the same.
+struct Unscale {
+  double scale, inverse;
+  bool power_of_two;
+
+  HALFSTEP_FN explicit Unscale(double scale_)
+      : scale(scale_),
+        inverse(1 / scale_),
+        power_of_two((bit_cast<int64_t>(scale_) & 0xfffffffffffffll) == 0) {}
+};
+
+/// Column of an element of grad_histogram from its magnitude before and after the division.
+HALFSTEP_FN int histogram_column(double magnitude, double unscaled) {
+  if (magnitude == 0) return kHistZeros;
+  if (!(magnitude <= 0x1.fffffffffffffp1023)) return kHistNonfinite;
+  const int exponent = int(bit_cast<int64_t>(unscaled) >> 52) - 1023;
+  if (exponent < kHistLowest) return kHistUnder;
+  const int column = kHistFirst + exponent - kHistLowest;
+  return column < kHistOver ? column : int(kHistOver);
 }
 
 /// clip = min(1, max_norm / (norm + 1e-6)) as torch.nn.utils.clip_grad_norm_; max_norm < 0: none.

@@ -205,6 +205,53 @@ void check_grads(const char* op, const c10::List<std::optional<at::Tensor>>& gra
   }
 }
 
+namespace {
+
+void check_rows(const char* op, const at::Tensor& rows) {
+  TORCH_CHECK(rows.scalar_type() == at::kDouble && rows.dim() == 2 &&
+                  rows.sym_size(1) == math::kStatColumns && rows.is_contiguous(),
+              op, ": rows is ", describe(rows), "; expected contiguous torch.float64[n, 8]");
+}
+
+}  // namespace
+
+void check_stats_row(const at::Tensor& grad, const at::Tensor& rows, int64_t index) {
+  const char* op = "grad_stats_row_";
+  check_dense(op, {"grad"}, grad);
+  TORCH_CHECK(is_supported_float(grad.scalar_type()), op, ": grad is ", describe(grad),
+              "; expected float16, bfloat16, float32 or float64");
+  check_rows(op, rows);
+  check_device(op, {"rows"}, rows, {"grad"}, grad);
+  TORCH_CHECK(index >= 0 && index < rows.size(0), op, ": index is ", index, " but rows is ",
+              describe(rows));
+}
+
+void check_stats_rest(const c10::List<std::optional<at::Tensor>>& grads, const at::Tensor& rows,
+                      at::IntArrayRef stale) {
+  const char* op = "grad_stats_rest";
+  check_grads(op, grads);
+  check_rows(op, rows);
+  TORCH_CHECK(rows.size(0) == int64_t(grads.size()), op, ": rows is ", describe(rows),
+              " but grads has ", grads.size(), " entries");
+  for (const int64_t i : stale)
+    TORCH_CHECK(i >= 0 && i < rows.size(0), op, ": stale holds ", i, " but grads has ",
+                grads.size(), " entries");
+  for (size_t i = 0; i < grads.size(); ++i)
+    if (const std::optional<at::Tensor> grad = grads[i]; grad && grad->defined())
+      check_device(op, item("grads", i), *grad, {"rows"}, rows);
+}
+
+void check_histogram(const c10::List<std::optional<at::Tensor>>& grads,
+                     const std::optional<at::Tensor>& scale) {
+  const char* op = "grad_histogram";
+  check_grads(op, grads);
+  if (!scale) return;
+  check_scalar(op, "scale", *scale, at::kFloat);
+  for (size_t i = 0; i < grads.size(); ++i)
+    if (const std::optional<at::Tensor> grad = grads[i]; grad && grad->defined())
+      check_device(op, {"scale"}, *scale, item("grads", i), *grad);
+}
+
 void check_unscale(const char* op, at::TensorList grads, at::TensorList outputs,
                    const at::Tensor& inv_scale, const at::Tensor& found_inf) {
   check_same_length(op, "outputs", outputs.size(), "grads", grads.size());

@@ -50,6 +50,11 @@ void check_refresh_masters(at::TensorList params, at::TensorList masters,
 void check_state(const char* op, const at::Tensor& state, const at::Tensor& scale, bool is_signed);
 void check_state_value(const at::Tensor& value, const at::Tensor& state);
 void check_grads(const char* op, const c10::List<std::optional<at::Tensor>>& grads);
+void check_stats_row(const at::Tensor& grad, const at::Tensor& rows, int64_t index);
+void check_stats_rest(const c10::List<std::optional<at::Tensor>>& grads, const at::Tensor& rows,
+                      at::IntArrayRef stale);
+void check_histogram(const c10::List<std::optional<at::Tensor>>& grads,
+                     const std::optional<at::Tensor>& scale);
 /// unscale_ and unscale_to_.
 void check_unscale(const char* op, at::TensorList grads, at::TensorList outputs,
                    const at::Tensor& inv_scale, const at::Tensor& found_inf);

@@ -17,6 +17,16 @@ constexpr const char* kSchemas[] = {
     // is
     // gradient i (None: a row of zeros), the last row the totals. Reads each gradient once.
     "grad_stats(Tensor?[] grads, Tensor(a!)[] table) -> Tensor",
+    // rows[index] = row 0 of grad_stats([grad]): for gradients that are looked at one by one.
+    "grad_stats_row_(Tensor grad, Tensor(a!) rows, int index) -> ()",
+    // grad_stats(grads), bit for bit, where row i of `rows` already is that of gradient i unless i
+    // is
+    // in `stale`: only those are read.
+    "grad_stats_rest(Tensor?[] grads, Tensor rows, int[] stale, Tensor(a!)[] table) -> Tensor",
+    // float64 [n, 62]: counts of |gradient / scale| by powers of two; columns in csrc/math/grads.h
+    // (HistogramColumn). scale: one float32 element. None: a row of zeros. Reads each gradient
+    // once.
+    "grad_histogram(Tensor?[] grads, Tensor? scale) -> Tensor",
     // grads *= inv_scale in place; found_inf becomes 1 when an element is non-finite before or
     // after.
     "unscale_(Tensor(a!)[] grads, Tensor inv_scale, Tensor(b!) found_inf, Tensor(t!)[] table) -> "
@@ -32,14 +42,35 @@ constexpr const char* kSchemas[] = {
     "-> Tensor",
 };
 
-at::Tensor grad_stats_meta(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList) {
-  check_grads("grad_stats", grads);
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+at::Tensor empty_rows(const OptionalTensors& grads, int64_t rows, int64_t columns) {
   c10::Device device(c10::DeviceType::Meta);
   for (size_t i = 0; i < grads.size(); ++i)
     if (const std::optional<at::Tensor> grad = grads[i]; grad && grad->defined())
       device = grad->device();
-  return at::empty({int64_t(grads.size()) + 1, math::kStatColumns},
-                   at::TensorOptions().dtype(at::kDouble).device(device));
+  return at::empty({rows, columns}, at::TensorOptions().dtype(at::kDouble).device(device));
+}
+
+at::Tensor grad_stats_meta(const OptionalTensors& grads, at::TensorList) {
+  check_grads("grad_stats", grads);
+  return empty_rows(grads, int64_t(grads.size()) + 1, math::kStatColumns);
+}
+
+void grad_stats_row_meta(const at::Tensor& grad, const at::Tensor& rows, int64_t index) {
+  check_stats_row(grad, rows, index);
+}
+
+at::Tensor grad_stats_rest_meta(const OptionalTensors& grads, const at::Tensor& rows,
+                                at::IntArrayRef stale, at::TensorList) {
+  check_stats_rest(grads, rows, stale);
+  return at::empty({int64_t(grads.size()) + 1, math::kStatColumns}, rows.options());
+}
+
+at::Tensor grad_histogram_meta(const OptionalTensors& grads,
+                               const std::optional<at::Tensor>& scale) {
+  check_histogram(grads, scale);
+  return empty_rows(grads, int64_t(grads.size()), math::kHistColumns);
 }
 
 void unscale_meta(at::TensorList grads, const at::Tensor& inv_scale, const at::Tensor& found_inf,
@@ -70,13 +101,23 @@ TORCH_LIBRARY_FRAGMENT(halfstep, m) {
 
 TORCH_LIBRARY_IMPL(halfstep, Meta, m) {
   m.impl("grad_stats", grad_stats_meta);
+  m.impl("grad_stats_row_", grad_stats_row_meta);
+  m.impl("grad_stats_rest", grad_stats_rest_meta);
+  m.impl("grad_histogram", grad_histogram_meta);
   m.impl("unscale_", unscale_meta);
   m.impl("unscale_to_", unscale_to_meta);
   m.impl("step_control", step_control_meta);
 }
 
 // A sparse gradient is refused by its index; its values() are a dense tensor that is taken.
-TORCH_LIBRARY_IMPL(halfstep, SparseCPU, m) { m.impl("grad_stats", grad_stats_meta); }
-TORCH_LIBRARY_IMPL(halfstep, SparseCUDA, m) { m.impl("grad_stats", grad_stats_meta); }
+#define HALFSTEP_REFUSE_SPARSE(key)                  \
+  TORCH_LIBRARY_IMPL(halfstep, key, m) {             \
+    m.impl("grad_stats", grad_stats_meta);           \
+    m.impl("grad_stats_row_", grad_stats_row_meta);  \
+    m.impl("grad_stats_rest", grad_stats_rest_meta); \
+    m.impl("grad_histogram", grad_histogram_meta);   \
+  }
+HALFSTEP_REFUSE_SPARSE(SparseCPU)
+HALFSTEP_REFUSE_SPARSE(SparseCUDA)
 
 }  // namespace halfstep::ops

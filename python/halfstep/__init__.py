@@ -6,10 +6,11 @@ cli.explain_if_broken()
 
 from ._library import _C, PACKAGE, cuda_status
 from . import lr_scheduler, optim, policies
-from ._stats import ScalerStats
+from ._stats import ScalerStats, TensorStats
 from .amp import GradScaler, autocast
 from .cast import CastReport, cast_model, evaluate_in, export_state_dict, load_state_dict
 from .checkpoint import load, save
+from .trace import SimResult, record, simulate
 
 __version__ = _C.build_info()["version"]
 cmake_prefix_path = str(PACKAGE / "share" / "cmake")
@@ -28,5 +29,5 @@ def doctor():
     return doctor()
 
 
-__all__ = ["CastReport", "GradScaler", "ScalerStats", "autocast", "cast_model", "cmake_prefix_path", "cuda_status", "doctor", "evaluate_in",
-           "export_state_dict", "include_path", "load", "load_state_dict", "lr_scheduler", "optim", "policies", "save", "set_overrides"]
+__all__ = ["CastReport", "GradScaler", "ScalerStats", "SimResult", "TensorStats", "autocast", "cast_model", "cmake_prefix_path", "cuda_status", "doctor", "evaluate_in",
+           "export_state_dict", "include_path", "load", "load_state_dict", "lr_scheduler", "optim", "policies", "record", "save", "set_overrides", "simulate"]

@@ -137,7 +137,7 @@ class Room:
         self.masters, self.states = [self._nothing()] * n, {key: [self._nothing()] * n for key in state_names}
         self.raw, self.pointers = [p.detach() for p in self.params], list(map(_data_ptr, self.params))
         self.frozen = [i for i, p in enumerate(self.params) if not p.requires_grad]
-        self.present, self.tables = None, {}
+        self.present, self.tables, self.backward = None, {}, None
         for param in self.params:
             if group["grad_dtype"] == "fp32" and param.dtype in SIXTEEN:
                 param.grad_dtype = torch.float32
@@ -189,10 +189,10 @@ class Room:
                 state[param]["master"] = self.masters[i]
 
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ("raw", "versions", "pointers", "tables")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("raw", "versions", "pointers", "tables", "backward")}
 
     def __setstate__(self, state):
-        self.__dict__.update(state, tables={})
+        self.__dict__.update(state, tables={}, backward=None)
         self.raw, self.pointers = [p.detach() for p in self.params], list(map(_data_ptr, self.params))
         self.remember()
 
@@ -309,6 +309,13 @@ class Room:
                 self.thaw(thawed)
         return grads if any(g is not None for g in grads) else None
 
+    def statistics(self, grads):
+        """grad_stats of the gradients; of those that the backward's hooks saw, without reading them."""
+        if self.backward is None or torch.compiler.is_compiling():
+            return H.grad_stats(grads, self.table("grad_stats"))
+        self.backward.follow(self.params)  # parameters that were unfrozen since
+        return self.backward.join(grads, self.table("grad_stats"))
+
     def refuse_sparse(self, grads):
         for grad, name in zip(grads, self.names):
             if grad is not None and grad.layout != torch.strided:
@@ -327,6 +334,8 @@ class Room:
 
     def stepped(self, grads):
         """After an update: autograd must know that the weights were written, and an edit must not be taken for ours."""
+        if self.backward is not None:
+            self.backward.forget()
         self.present = [g is not None for g in grads]
         written = self.raw if False not in self.present else [p for p, there in zip(self.raw, self.present) if there]
         torch.autograd.graph.increment_version(written)

@@ -78,6 +78,7 @@ class GradScaler(torch.amp.GradScaler):
             self._state[SCALE], self._state[TRACKER] = self._init_scale, self._init_growth_tracker
         self._scale = self._state[SCALE].float().clone()
         self._growth_tracker = self._state[TRACKER]
+        self._history.start(dev)
         self._user = policies.make_state(self._rule, dev, self._loaded_user)
 
     @property
@@ -101,6 +102,7 @@ class GradScaler(torch.amp.GradScaler):
                 if self._device is not None and outputs.device.type != self._device:
                     raise ValueError(f"GradScaler was made for {self._device} but the loss is on {outputs.device}")
                 self._lazy_init_scale_growth_tracker(outputs.device)
+            self._history.scaled(outputs)
             wide = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
             return wide * self._scale.to(outputs.device, non_blocking=True)
         if isinstance(outputs, dict):
@@ -116,6 +118,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return
         self._begin()
+        self._record(optimizer)
         super().unscale_(optimizer)
 
     @torch.no_grad()
@@ -145,6 +148,8 @@ class GradScaler(torch.amp.GradScaler):
         zeros = H.grad_stats(half, [])[-1, 3] if half else None
         if in_place:
             H.unscale_(in_place, inverse, flag, [])
+            if not torch.compiler.is_compiling():
+                torch.autograd.graph.increment_version(in_place)  # whoever looked at the gradients before must know
         if half:
             self._history.flushed(H.grad_stats(half, [])[-1, 3] - zeros)
         if widened:
@@ -170,6 +175,13 @@ class GradScaler(torch.amp.GradScaler):
         """First call after an update: what was known of the last step is no longer asked for."""
         if self._fresh:
             self._found, self._history.steps, self._tables, self._fresh = {}, [], [], False
+            if self._history.recorder is not None and self._scale is not None:
+                self._history.recorder.begin()
+
+    def _record(self, optimizer):
+        """A recorder (halfstep.trace) sees the gradients while they carry the scale."""
+        if self._history.recorder is not None and self._scale is not None and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+            self._history.recorder.look(optimizer, self._scale_for(optimizer, False))
 
     def step(self, optimizer, closure=None, *args, **kwargs):
         """optimizer.step() unless a gradient is non-finite.
@@ -192,6 +204,7 @@ class GradScaler(torch.amp.GradScaler):
                 loss = closure()
         self._check_scale_growth_tracker("step")
         self._begin()
+        self._record(optimizer)
         if _ours(optimizer):
             self._step_ours(optimizer, state, loss, closure)
         elif getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -374,6 +387,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return self._forget_clips()
         self._check_scale_growth_tracker("update")
+        self._history.close()
         if new_scale is not None:
             value = new_scale if isinstance(new_scale, torch.Tensor) else torch.tensor(float(new_scale))
             if value.numel() != 1 or value.requires_grad:
@@ -386,7 +400,10 @@ class GradScaler(torch.amp.GradScaler):
             flags = [f for s in self._per_optimizer_states.values() for f in s["found_inf_per_device"].values()]
             assert len(flags) > 0, "No inf checks were recorded prior to update."
             policies.advance(self._rule, self._policy_vector, self._scale, self._state, self._user, self._combine(flags, self._scale.device), self._tables)
+            self._history.floor = max(getattr(self._rule, "min_scale", 0.0), policies.LOWEST_SCALE)
             self._history.updated(self._state[:STATE_ENTRIES])
+        if self._history.recorder is not None:
+            self._history.recorder.updated(by_hand=new_scale is not None)
         self._per_optimizer_states.clear()
         self._forget_clips()
         self._fresh = True
@@ -420,6 +437,10 @@ class GradScaler(torch.amp.GradScaler):
             return self._history.read(None, 1.0)
         scale = self._init_scale if self._scale is None or self._scale.device.type == "cuda" else float(self._scale)
         return self._history.read(self._loaded_state, scale)
+
+    def tensor_stats(self):
+        """{parameter name: TensorStats} of that update, for the parameters that had a gradient; never waits."""
+        return self._history.read_tensors()
 
     def step_was_skipped(self, optimizer=None):
         """Whether that optimizer's step, or any, was skipped since the last update but one. May synchronise."""

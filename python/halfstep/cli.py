@@ -1,6 +1,7 @@
 """The `halfstep` command. It runs even where `import halfstep` fails, and says why."""
 
 import argparse
+import json
 import platform
 import sys
 from pathlib import Path
@@ -31,11 +32,40 @@ def doctor():
     return lines
 
 
+def simulate(options):
+    """`halfstep simulate`: policies over a recorded run, as one table."""
+    try:
+        from . import trace
+    except Exception as error:  # as in doctor
+        print(f"halfstep simulate: halfstep is not importable: {error}", file=sys.stderr)
+        return 1
+    try:
+        recorded = trace.read(options.trace)
+        results = [trace.simulate(recorded, trace.policy_of(text), None if text == "recorded" else text) for text in options.policy or ["recorded"]]
+        print(trace.table(results))
+        if options.plot:
+            trace.plot(results, options.plot)
+        if options.json:
+            Path(options.json).write_text(json.dumps([json.loads(r.to_json()) for r in results]) + "\n")
+    except (OSError, ValueError) as error:
+        print(f"halfstep simulate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="halfstep")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what is installed, what works here, and what is wrong")
-    parser.parse_args(argv)
+    replay = commands.add_parser("simulate", help="loss-scaling policies over a recorded run (hs.record)")
+    replay.add_argument("trace", help="file that hs.record wrote")
+    replay.add_argument("--policy", action="append", metavar="NAME[:KEY=VALUE,…]",
+                        help="a preset (torch, megatron, …), a policy (static:scale=1024, dynamic:growth_interval=100, …) or recorded; may be given several times")
+    replay.add_argument("--plot", metavar="PNG", help="scale, skips and flushed share over the steps")
+    replay.add_argument("--json", metavar="FILE", help="every number of every policy")
+    options = parser.parse_args(argv)
+    if options.command == "simulate":
+        return simulate(options)
     lines = doctor()
     for what, finding in lines:
         print(f"{what:10} {finding}")

@@ -6,6 +6,7 @@ import inspect
 import torch
 
 from . import checkpoint
+from ._backward import BackwardStats
 from ._library import H
 from ._modes import describe, mode
 from ._room import LIMIT, MASTERS, SIXTEEN, Room, capturing, check_fits, check_parameter, dtype_name, master_dtype, names_of, own, take_exact, warn_edited, warn_overflow
@@ -67,6 +68,7 @@ class Optimizer(torch.optim.Optimizer):
     """Base of the optimizers: masters, skips, clipping, checkpoints. Subclasses give the op and its states."""
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves unscaling and skipping to us
+    _in_backward = False
 
     def __init__(self, params, defaults, *, max_grad_norm, skip_nonfinite):
         if max_grad_norm is not None and not max_grad_norm >= 0:
@@ -107,6 +109,8 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         room = Room(self.param_groups[-1], len(self.param_groups) - 1, self._state_names(self.param_groups[-1]))
         self._rooms.append(room)
+        if self._in_backward:
+            room.backward = BackwardStats(room)
         room.publish(self.state)
         for param in room.params:
             own(param, self)
@@ -144,6 +148,19 @@ class Optimizer(torch.optim.Optimizer):
         for room in self._rooms:
             room.publish(self.state)
 
+    def stats_in_backward(self, enabled=True):
+        """Statistics of each gradient are taken in the backward as it appears, while it is in the cache, instead of in the step.
+
+        The step is the same, bit for bit. A gradient that is replaced or edited after its backward is read again in the step;
+        edits that torch does not count (`.grad.data`, memory written by other libraries) need `stats_in_backward(False)`.
+        Where torch.distributed is initialized, gradients are reduced later and the step reads them all. docs/telemetry.md.
+        """
+        self._in_backward = enabled
+        for room in self._rooms:
+            if room.backward is not None:
+                room.backward.remove()
+            room.backward = BackwardStats(room) if enabled else None
+
     def _gather(self):
         """[(room, gradients)] of every group that has one."""
         gathered = []
@@ -162,7 +179,7 @@ class Optimizer(torch.optim.Optimizer):
         stats = []
         for room, grads in self._gather():
             try:
-                stats.append((room, H.grad_stats(grads, room.table("grad_stats")), grads))
+                stats.append((room, room.statistics(grads), grads))
             except RuntimeError:
                 room.refuse_sparse(grads)
                 raise

@@ -275,3 +275,62 @@ TEST_CASE("stats describe the step that was just made", "[api]") {
   CHECK(stats.first_bad_param == "fc.weight");
   CHECK(std::isnan(stats.grad_norm));
 }
+
+TEST_CASE("tensor_stats name each gradient of the newest update", "[api]") {
+  torch::OrderedDict<std::string, at::Tensor> named;
+  auto p = torch::zeros({4}, torch::requires_grad()), q = torch::zeros({2}, torch::requires_grad());
+  auto silent = torch::zeros({2}, torch::requires_grad());
+  named.insert("fc.weight", p), named.insert("fc.bias", silent);
+  optim::SGD opt(named, optim::SGDOptions(1.0));
+  torch::optim::SGD stock({q}, torch::optim::SGDOptions(1.0));
+  GradScaler scaler(GradScalerOptions().policy(policies::Dynamic().init_scale(4)));
+  CHECK(scaler.tensor_stats().empty());
+  scaler.scale((p * torch::tensor({3.0, 4.0, 0.0, 1e-6})).sum() + q.sum() * 2).backward();
+  scaler.step(opt);
+  scaler.step(stock);
+  scaler.update();
+  auto stats = scaler.tensor_stats();
+  CHECK(stats.size() == 2);
+  CHECK(stats.at("fc.weight").amax == 16);
+  CHECK(std::abs(stats.at("fc.weight").norm - 5) < 1e-6);
+  CHECK(stats.at("fc.weight").zero_share == 0.25);
+  CHECK(stats.at("fc.weight").subnormal_share == 1.0 / 3);
+  CHECK(stats.at("fc.weight").count == 4);
+  CHECK(stats.at("parameter 0").amax == 2);  // unscaled before it is looked at
+  p.mutable_grad() = torch::full({4}, INFINITY);
+  scaler.step(opt);
+  scaler.update();
+  stats = scaler.tensor_stats();
+  CHECK(stats.size() == 1);
+  CHECK(stats.at("fc.weight").nonfinite == 4);
+}
+
+TEST_CASE("a scaler that steps no more says why, and once", "[api]") {
+  struct Case {
+    double loss, min_scale;
+    int silent;
+    const char* diagnosis;
+  };
+  for (const Case& c :
+       {Case{NAN, 1, 2, "loss is not finite"}, Case{INFINITY, 0x1p-100, 19, "loss is not finite"},
+        Case{1, 0x1p-100, 19, "gradients overflow"}, Case{1, 1, 2, "scale is at its floor"}}) {
+    auto p = torch::zeros({4}, torch::requires_grad());
+    optim::SGD opt({p}, optim::SGDOptions(0.0));
+    GradScaler scaler(
+        GradScalerOptions().policy(policies::Dynamic().init_scale(1).min_scale(c.min_scale)));
+    const Warnings said;
+    for (int i = 1; i <= c.silent + 3; ++i) {
+      scaler.scale(torch::full({}, c.loss));
+      p.mutable_grad() = torch::full({4}, INFINITY);
+      scaler.step(opt);
+      scaler.update();
+      CHECK(scaler.stats().diagnosis == (i <= c.silent ? "" : c.diagnosis));
+    }
+    CHECK(said.with("steps in a row were skipped") == 1);
+    p.mutable_grad() = torch::zeros({4});
+    scaler.scale(torch::full({}, 1.0));
+    scaler.step(opt);
+    scaler.update();
+    CHECK(scaler.stats().diagnosis.empty());
+  }
+}

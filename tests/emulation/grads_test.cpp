@@ -67,7 +67,8 @@ TEST_CASE("grad_stats on the device equals a plain count, whatever the order", "
   const auto findings = emulation::in_all_orders([&] {
     Buffer<math::BlockStats> partials{size_t(table.chunks)};
     Buffer<double> out(size_t((n + 1) * math::kStatColumns), -7.0);
-    CHECK(cuda::grad_stats(table, partials.data(), out.data(), n, nullptr) == cuda::kSuccess);
+    CHECK(cuda::grad_stats(table, partials.data(), out.data(), n, nullptr, nullptr) ==
+          cuda::kSuccess);
     result.assign(out.data(), out.data() + out.size());
     return out.bytes();
   });
@@ -115,13 +116,115 @@ TEST_CASE("grad_stats reads 2 bytes an FP16 gradient and leaves absent rows zero
   Buffer<math::BlockStats> partials{size_t(table.chunks)};
   Buffer<double> out(3 * math::kStatColumns, -7.0);
   emulation::reset();
-  cuda::grad_stats(table, partials.data(), out.data(), 2, nullptr);
+  cuda::grad_stats(table, partials.data(), out.data(), 2, nullptr, nullptr);
   const double per_element = double(emulation::state().bytes_read) / double(count);
   INFO(per_element << " bytes read an element");
   CHECK(per_element >= 2.0);
   CHECK(per_element <= 2.02);
   CHECK(double(emulation::state().bytes_written) / double(count) <= 0.01);
   for (int k = 0; k < math::kStatColumns; ++k) CHECK(out[size_t(math::kStatColumns + k)] == 0);
+}
+
+TEST_CASE("rows that are known already give the bits of reading them all", "[grads]") {
+  std::vector<std::unique_ptr<Array>> grads;
+  emulation::Rows all;
+  std::vector<math::StepTensor> tensors;
+  std::vector<int64_t> numels;
+  for (int64_t i = 0; i < 300; ++i) {  // more rows than threads add at a time
+    numels.push_back(i == 7 ? 0 : i == 8 ? cuda::kChunk + 5 : 3 + i % 11);
+    grads.push_back(make_grad(kDtypes[i % 4], numels.back(), uint64_t(i), i == 40 || i == 171));
+    math::StepTensor tensor;
+    tensor.grad = grads.back()->data();
+    tensor.grad_dtype = kDtypes[i % 4];
+    tensors.push_back(tensor);
+    all.add(tensor, numels.back());
+  }
+  const auto n = int64_t(grads.size());
+  const size_t cells = size_t((n + 1) * math::kStatColumns);
+  Buffer<double> expected(cells, -7.0), known(cells - size_t(math::kStatColumns), -7.0);
+  {
+    const cuda::Table table = all.table();
+    Buffer<math::BlockStats> partials{size_t(table.chunks)};
+    cuda::grad_stats(table, partials.data(), expected.data(), n, nullptr, nullptr);
+    cuda::grad_stats_rows(table, partials.data(), known.data(), nullptr);
+  }
+  CHECK(std::memcmp(known.data(), expected.data(), known.bytes().size()) == 0);
+  for (const int64_t every : {1, 3, 1000}) {  // none, some and all but the first are known
+    emulation::Rows rows;
+    for (int64_t i = 0; i < n; ++i)
+      rows.add(tensors[size_t(i)], i % every == 0 ? numels[size_t(i)] : cuda::kKnown);
+    const cuda::Table table = rows.table();
+    const auto findings = emulation::in_all_orders([&] {
+      Buffer<math::BlockStats> partials{size_t(table.chunks)};
+      Buffer<double> out(cells, -7.0);
+      CHECK(cuda::grad_stats(table, partials.data(), out.data(), n, known.data(), nullptr) ==
+            cuda::kSuccess);
+      CHECK(out.bytes() == expected.bytes());
+      return out.bytes();
+    });
+    for (const auto& finding : findings) FAIL(finding);
+  }
+}
+
+TEST_CASE("grad_histogram is bit-equal to the CPU kernel, whatever the order", "[grads]") {
+  std::vector<std::unique_ptr<Array>> grads;
+  emulation::Rows rows;
+  uint64_t seed = 1;
+  for (const Dtype dtype : kDtypes)
+    for (const int64_t count :
+         {int64_t(0), int64_t(1), int64_t(9), int64_t(4097), 5 * cuda::kChunk + 13}) {
+      ++seed;
+      grads.push_back(make_grad(dtype, count, seed, seed % 3 == 0, int64_t(seed % 3)));
+      math::StepTensor tensor;
+      tensor.grad = grads.back()->data();
+      tensor.grad_dtype = dtype;
+      rows.add(tensor, count);
+    }
+  const cuda::Table table = rows.table();
+  const auto n = int64_t(grads.size());
+  for (const float scale : {1.0f, 1024.0f, 0x1p-30f, 3.7f}) {
+    Buffer<float> factor(1, scale);
+    std::vector<double> expected;
+    for (const auto& grad : grads) {
+      math::Histogram sum;
+      cpu::kKernelsDefault.grad_histogram(grad->data(), grad->dtype(), double(scale), grad->count(),
+                                          sum);
+      for (const int64_t count : sum.counts) expected.push_back(double(count));
+      double* row = &expected[expected.size() - math::kHistColumns];
+      row[math::kHistCount] = double(grad->count());
+      row[math::kHistAmax] = sum.amax / double(scale);
+    }
+    expected.resize(size_t((n + 1) * math::kHistColumns));  // one gradient is missing
+    const auto findings = emulation::in_all_orders([&] {
+      Buffer<int64_t> partials{size_t(table.chunks * math::kHistColumns)};
+      Buffer<double> out(expected.size(), -7.0);
+      CHECK(cuda::grad_histogram(table, {factor.data(), false}, partials.data(), out.data(), n + 1,
+                                 nullptr) == cuda::kSuccess);
+      CHECK(std::memcmp(out.data(), expected.data(), out.bytes().size()) == 0);
+      return out.bytes();
+    });
+    for (const auto& finding : findings) FAIL(finding);
+  }
+}
+
+TEST_CASE("grad_histogram reads 2 bytes an FP16 gradient", "[grads]") {
+  const int64_t count = 8 * cuda::kChunk;
+  const auto grad = make_grad(Dtype::kF16, count, 1, false);
+  math::StepTensor tensor;
+  tensor.grad = grad->data();
+  tensor.grad_dtype = Dtype::kF16;
+  emulation::Rows rows;
+  rows.add(tensor, count);
+  const cuda::Table table = rows.table();
+  Buffer<int64_t> partials{size_t(table.chunks * math::kHistColumns)};
+  Buffer<double> out(size_t(math::kHistColumns), -7.0);
+  emulation::reset();
+  cuda::grad_histogram(table, {}, partials.data(), out.data(), 1, nullptr);
+  const double read = double(emulation::state().bytes_read) / double(count);
+  INFO(read << " bytes read an element");
+  CHECK(read >= 2.0);
+  CHECK(read <= 2.05);
+  CHECK(double(emulation::state().bytes_written) / double(count) <= 0.04);
 }
 
 TEST_CASE("unscale is bit-equal to the CPU kernel for every pair of dtypes", "[grads]") {

@@ -131,3 +131,64 @@ def test_the_first_bad_parameter_is_named(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     assert scaler.stats().first_bad_param == "p1"
+
+
+def test_tensor_stats_and_diagnosis_of_the_device(device):
+    params, opt, scaler = make(device)
+    norms = [float(p.grad.float().norm()) / 4 for p in params]
+    scaler.step(opt), scaler.update()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    stats = scaler.tensor_stats()
+    assert list(stats) == ["p0", "p1", "p2"] and [t.norm for t in stats.values()] == pytest.approx(norms, rel=1e-4) and [t.count for t in stats.values()] == [3, 4096, 70_000]
+    scaler = hs.GradScaler(policy=hs.policies.Dynamic(init_scale=1.0, min_scale=1.0))
+    with pytest.warns(UserWarning, match="the loss itself is inf or NaN"):
+        for _ in range(3):
+            scaler.scale(torch.full((), float("nan"), device=device))
+            params[0].grad = torch.full_like(params[0], float("inf"))
+            scaler.step(opt), scaler.update()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        assert scaler.stats().diagnosis == "loss is not finite"
+
+
+def test_a_trace_is_written_without_waiting_and_replays_as_it_was(device, tmp_path):
+    params, opt, scaler = make(device)
+    scales = []
+    with hs.record(scaler, tmp_path / "t", every=2):
+        for step in range(12):
+            scaler.scale(torch.ones((), device=device))
+            if step in (3, 8):
+                params[1].grad[7] = float("inf")
+            else:
+                params[1].grad = torch.ones_like(params[1])
+            strict = device.type == "cuda" and step > 1  # the first rows name the tensors
+            if strict:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                scaler.step(opt), scaler.update()
+            finally:
+                if strict:
+                    torch.cuda.set_sync_debug_mode("default")
+            scales.append(scaler.get_scale())
+    result = hs.simulate(tmp_path / "t")
+    assert result.scale == [4.0, *scales[:-1]] and [i for i, bad in enumerate(result.skipped) if bad] == [3, 8] and [f is None for f in result.flushed] == [False, True] * 6
+
+
+def test_statistics_in_the_backward_are_the_bits_of_the_step(device):
+    runs = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.ReLU(), torch.nn.Linear(300, 8)).to(device).half()
+        opt, scaler = hs.optim.AdamW(net.named_parameters(), lr=1e-2, max_grad_norm=0.1), hs.GradScaler(init_scale=256.0)
+        if on:
+            opt.stats_in_backward()
+        for seed in range(5):
+            opt.zero_grad()
+            x = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed)).to(device).half()
+            scaler.scale(net(x).float().square().mean()).backward()
+            ((room, table, grads),) = opt._gather_stats()
+            assert torch.equal(table.view(torch.int64), torch.ops.halfstep.grad_stats(grads, []).view(torch.int64)) and (not on or room.backward.reread == 0)
+            scaler.step(opt), scaler.update()
+        runs.append(opt.master_params())
+    assert all(torch.equal(a, b) for a, b in zip(*runs))

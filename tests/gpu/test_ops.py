@@ -54,6 +54,25 @@ def test_grad_stats(device, bad):
     assert ours[-1, 6] == (-1 if bad is None else 5)
 
 
+@pytest.mark.parametrize("scale", [None, 1024.0, 3.7])
+def test_grad_histogram(device, scale):
+    grads = [g for i, dtype in enumerate(FLOATS) for g in layouts(mixed_grads(dtype, i))] + [None, torch.zeros(0)]
+    grads[5] = spoiled(grads[5], float("nan"))
+    factor = None if scale is None else torch.tensor(scale)
+    ours = H.grad_histogram([None if g is None else g.to(device) for g in grads], None if scale is None else factor.to(device))
+    assert torch.equal(ours.cpu(), H.grad_histogram(grads, factor))
+
+
+def test_rows_of_single_gradients_give_the_bits_of_one_pass(device):
+    grads = [mixed_grads(dtype, i).to(device) for i, dtype in enumerate(FLOATS * 80)]
+    rows = torch.zeros(len(grads), 8, dtype=torch.float64, device=device)
+    for i, grad in enumerate(grads):
+        H.grad_stats_row_(grad, rows, i)
+    whole = H.grad_stats(grads, [])
+    rows[3] = -1
+    assert torch.equal(H.grad_stats_rest(grads, rows, [3], []), whole)
+
+
 def test_grad_stats_is_deterministic(device):
     grads = [mixed_grads(dtype, 3).to(device) for dtype in FLOATS] * 40
     first = H.grad_stats(grads, [])

@@ -1,7 +1,8 @@
-"""grad_stats, unscale_, unscale_to_ and step_control against FP64."""
+"""grad_stats, grad_histogram, unscale_, unscale_to_ and step_control against FP64."""
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -76,6 +77,120 @@ def test_values_of_a_sparse_gradient(dtype):
     assert row[:6] == [0, 1 + 4 + 16 + 4, 4, 0, 0, 4]
     with pytest.raises(RuntimeError, match=r"grad_stats: grads\[0\] is sparse or of another layout"):
         H.grad_stats([sparse], [])
+
+
+def counted(x, scale):
+    """A row of grad_histogram from frexp, which shares nothing with the op."""
+    x = x.double().flatten().numpy()
+    with numpy.errstate(over="ignore"):
+        magnitude = numpy.abs(x) / float(scale)
+    finite = numpy.isfinite(x)
+    row = numpy.zeros(62)
+    row[0], row[1], row[2] = x.size, (x == 0).sum(), (~finite).sum()
+    row[3] = magnitude[finite].max(initial=0)
+    magnitude = magnitude[finite & (x != 0)]
+    for value in magnitude:
+        exponent = math.frexp(value)[1] - 1 if 0 < value < math.inf else -9999 if value == 0 else 9999
+        row[4 if exponent < -40 else 61 if exponent > 15 else 45 + exponent] += 1
+    return row
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scale", [None, 1.0, 2.0**16, 2.0**-100, 1000.0, 0.3])
+def test_histogram_against_frexp(dtype, scale):
+    for n in (1, 15, 16, 17, 4097):
+        for x in families(n, dtype):
+            x = x.to(dtype)
+            x[n // 2] = 0.0
+            factor = None if scale is None else torch.tensor(scale)
+            got = H.grad_histogram([x], factor)[0].numpy()
+            assert (got == counted(x, 1.0 if factor is None else factor)).all(), (n, dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_power_of_two_has_its_bin_and_its_neighbour_the_one_below(dtype):
+    exponents = [e for e in range(-45, 20) if torch.tensor(2.0**e, dtype=dtype).item() == 2.0**e]
+    assert len(exponents) >= (40 if dtype == torch.float16 else 65)
+    for e in exponents:
+        x = torch.tensor([2.0**e, -(2.0**e)], dtype=dtype)
+        below = torch.nextafter(x[:1].abs(), torch.zeros(1, dtype=dtype)) if dtype != torch.float16 or e > -24 else None
+        column = lambda e: 4 if e < -40 else 61 if e > 15 else 45 + e
+        got = H.grad_histogram([x, below], None)
+        assert got[0, column(e)] == 2 and got[0, 4:].sum() == 2
+        if below is not None:
+            exact = math.frexp(below.item())[1] - 1
+            assert got[1, column(exact)] == 1 and exact < e
+        shifted = H.grad_histogram([x], torch.tensor(2.0**-3))
+        assert shifted[0, column(e + 3)] == 2
+
+
+def test_histogram_of_whatever_is_given():
+    bad = torch.tensor([1.0, math.inf, -math.inf, math.nan, 0.0, -0.0, 5.0])
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 3]]), torch.tensor([2.0, 4.0]), (5,)).coalesce()
+    x = torch.randn(8, 6)
+    got = H.grad_histogram([bad, None, torch.zeros(0), x.t(), x[::2, 1:], sparse._values(), torch.tensor([5e-324, 1.7e308], dtype=torch.float64)], torch.tensor(2.0))
+    assert got[0, :4].tolist() == [7, 2, 3, 2.5] and got[0, 4:].sum() == 2
+    assert (got[1] == 0).all() and (got[2] == 0).all()
+    assert (got[3].numpy() == counted(x, 2.0)).all() and (got[4].numpy() == counted(x[::2, 1:], 2.0)).all()
+    assert got[5, 45] == 1 and got[5, 46] == 1
+    assert got[6, [1, 2, 4, 61]].tolist() == [0, 0, 1, 1]  # 5e-324 / 2 is 0, and still not a zero
+    tiny = H.grad_histogram([torch.tensor([1e308, 0.0], dtype=torch.float64)], torch.tensor(2.0**-100))
+    assert tiny[0, [1, 2, 61]].tolist() == [1, 0, 1]  # nor is 1e308 * 2^100 an inf of the gradient's
+
+
+def test_histogram_errors_name_what_is_wrong():
+    with pytest.raises(RuntimeError, match=r"grad_histogram: grads\[1\] is torch.int64\[3\]"):
+        H.grad_histogram([torch.ones(2), torch.ones(3, dtype=torch.int64)], None)
+    with pytest.raises(RuntimeError, match="grad_histogram: scale is torch.float64"):
+        H.grad_histogram([torch.ones(2)], torch.tensor(1.0, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"grad_histogram: grads\[0\] is sparse"):
+        H.grad_histogram([torch.eye(2).to_sparse()], None)
+
+
+# -- rows that were made one at a time -------------------------------------------------------------
+def many_grads(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    grads = [(torch.randn(int(n), generator=g) * s).to(FLOATS[i % 4]) for i, (n, s) in enumerate(zip([1, 17, 5000, 0, 4096, 70001, 33, 9, 12], [1, 1e-6, 1e3, 1, 1e-3, 1, 1e-8, 1, 1]))]
+    return [*grads, None, torch.randn(8, 6, generator=g).t(), torch.randn(8, 6, generator=g)[::2, 1:]]
+
+
+def bits(table):
+    return table.view(torch.int64)
+
+
+@pytest.mark.parametrize("bad", [None, 2, 8])
+def test_rows_of_single_gradients_give_the_bits_of_one_pass(bad):
+    grads = many_grads()
+    if bad is not None:
+        grads[bad][-1] = math.nan
+    whole = H.grad_stats(grads, [])
+    rows = torch.full((len(grads), 8), -7.0, dtype=torch.float64)
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            H.grad_stats_row_(grad, rows, i)
+            assert torch.equal(bits(rows[i]), bits(whole[i]))
+    for stale in ([], [0], [2, 5, 11], list(range(len(grads)))):
+        old = rows.clone()
+        old[stale] = 99.0  # whatever they hold is not looked at
+        assert torch.equal(bits(H.grad_stats_rest(grads, old, stale, [])), bits(whole)), stale
+
+
+def test_row_errors_name_what_is_wrong():
+    rows = torch.zeros(2, 8, dtype=torch.float64)
+    before = rows.clone()
+    with pytest.raises(RuntimeError, match=r"grad_stats_row_: index is 2 but rows is torch.float64\[2, 8\]"):
+        H.grad_stats_row_(torch.ones(3), rows, 2)
+    with pytest.raises(RuntimeError, match="grad_stats_row_: grad is torch.int64"):
+        H.grad_stats_row_(torch.ones(3, dtype=torch.int64), rows, 0)
+    with pytest.raises(RuntimeError, match=r"grad_stats_row_: grad is sparse"):
+        H.grad_stats_row_(torch.eye(2).to_sparse(), rows, 0)
+    with pytest.raises(RuntimeError, match=r"grad_stats_rest: rows is torch.float64\[2, 8\] but grads has 1 entries"):
+        H.grad_stats_rest([torch.ones(3)], rows, [], [])
+    with pytest.raises(RuntimeError, match="grad_stats_rest: stale holds 5 but grads has 2 entries"):
+        H.grad_stats_rest([torch.ones(3), None], rows, [5], [])
+    with pytest.raises(RuntimeError, match=r"rows is torch.float32\[2, 8\]; expected contiguous torch.float64\[n, 8\]"):
+        H.grad_stats_rest([torch.ones(3), None], rows.float(), [], [])
+    assert torch.equal(rows, before)
 
 
 def test_norm_of_many_blocks_is_accurate():

@@ -20,7 +20,7 @@ random = lambda n, s=1.0: torch.from_numpy((rng.standard_normal(n) * s).astype(n
 for n in (1, 15, 16, 17, 4095, 4097, 300_001):
     for scale in (1e-8, 1e-5, 1.0, 3e4):
         grads = [random(n, scale).to(d) for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)]
-        add(H.grad_stats(grads, []))
+        add(H.grad_stats(grads, []), H.grad_histogram(grads, torch.tensor(3.7)), H.grad_histogram(grads, torch.tensor(1024.0)))
         found = torch.zeros(())
         for x in grads:
             y = x.clone(); H.unscale_([y], torch.tensor(1 / 3), found, []); add(y)

@@ -40,6 +40,23 @@ def samples_grad_stats():
         yield ([torch.randn(5, 3).to(dtype), None, torch.zeros(0, dtype=dtype), torch.randn(6, 4).to(dtype)[::2, 1:]], []), {}
 
 
+def samples_grad_stats_row_():
+    for dtype in FLOATS:
+        yield (torch.randn(6, 4).to(dtype)[::2, 1:], torch.zeros(3, 8, dtype=torch.float64), 1), {}
+
+
+def samples_grad_stats_rest():
+    for dtype in FLOATS:
+        grads = [torch.randn(5, 3).to(dtype), None, torch.zeros(0, dtype=dtype), torch.randn(4).to(dtype)]
+        yield (grads, H.grad_stats(grads, [])[:-1].clone(), [3], []), {}
+
+
+def samples_grad_histogram():
+    for dtype in FLOATS:
+        yield ([torch.randn(5, 3).to(dtype), None, torch.zeros(0, dtype=dtype), torch.randn(6, 4).to(dtype)[::2, 1:]], torch.tensor(3.0)), {}
+        yield ([torch.randn(5).to(dtype)], None), {}
+
+
 def samples_unscale_():
     for dtype in FLOATS:
         yield ([torch.randn(5).to(dtype), torch.zeros(0, dtype=dtype)], torch.tensor(0.5), torch.zeros(()), []), {}

@@ -5,6 +5,9 @@
 //   Other dtypes: FP64 lanes from the start, since their squares overflow or vanish in FP32.
 //   Lanes are added as ((0+8)+(4+12))+...: one fixed tree, so every instruction set gives the same
 //   bits.
+// grad_histogram:  per block, how many |x| / scale lie between which powers of two. One read of
+// each
+//   gradient. The division and the loads are vectors, the counting is one element at a time.
 // unscale:  one read, one write.
 // Tests: tests/cpp/grads_test.cpp, tests/python/test_grads.py.
 
@@ -118,6 +121,34 @@ BlockStats wide_stats(const void* grad, int64_t count) {
   return stats;
 }
 
+/// Elements before `lanes` of a group of sixteen.
+HALFSTEP_FN void count_group(const F64& x, const Unscale& unscale, int64_t lanes, Histogram& into) {
+  const F64 magnitude = abs(x);
+  const F64 divided = unscale.power_of_two ? magnitude * broadcast<F64>(unscale.inverse)
+                                           : magnitude / broadcast<F64>(unscale.scale);
+  double before[kLanes], after[kLanes];
+  store_lanes(before, magnitude);
+  store_lanes(after, divided);
+  for (int64_t k = 0; k < lanes; ++k) {
+    const int column = histogram_column(before[k], after[k]);
+    ++into.counts[column];
+    if (column != kHistNonfinite && before[k] > into.amax) into.amax = before[k];
+  }
+}
+
+template <Dtype kDtype>
+void histogram(const void* grad, double scale, int64_t count, Histogram& into) {
+  const Unscale unscale(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    count_group(load_any<F64>(grad, kDtype, i), unscale, kLanes, into);
+  if (i == count) return;
+  constexpr int64_t kSize = dtype_size(kDtype);
+  alignas(64) char tail[kLanes * 8] = {};
+  __builtin_memcpy(tail, static_cast<const char*>(grad) + i * kSize, size_t((count - i) * kSize));
+  count_group(load_any<F64>(tail, kDtype, 0), unscale, count - i, into);
+}
+
 template <class T>
 void store_scalar(void* to, Dtype dtype, int64_t i, T x) {
   switch (dtype) {
@@ -163,6 +194,19 @@ BlockStats grad_stats(const void* grad, Dtype dtype, int64_t count) {
       return wide_stats<Dtype::kF32>(grad, count);
     default:
       return wide_stats<Dtype::kF64>(grad, count);
+  }
+}
+
+void grad_histogram(const void* grad, Dtype dtype, double scale, int64_t count, Histogram& into) {
+  switch (dtype) {
+    case Dtype::kF16:
+      return histogram<Dtype::kF16>(grad, scale, count, into);
+    case Dtype::kBF16:
+      return histogram<Dtype::kBF16>(grad, scale, count, into);
+    case Dtype::kF32:
+      return histogram<Dtype::kF32>(grad, scale, count, into);
+    default:
+      return histogram<Dtype::kF64>(grad, scale, count, into);
   }
 }
 

@@ -35,6 +35,10 @@ struct Kernels {
   /// Statistics of one block of at most kBlock elements.
   math::BlockStats (*grad_stats)(const void* grad, Dtype dtype, int64_t count);
 
+  /// Adds `count` elements to `into`.
+  void (*grad_histogram)(const void* grad, Dtype dtype, double scale, int64_t count,
+                         math::Histogram& into);
+
   /// outputs[i] = inputs[i] * inv_scale for `count` elements; true when any element is non-finite
   /// before or after. FP64 multiplies in FP64, all else in FP32. May run in place.
   bool (*unscale)(const void* input, Dtype input_dtype, void* output, Dtype output_dtype,

@@ -7,6 +7,8 @@
 namespace halfstep::cpu::inline HALFSTEP_ISA {
 
 math::BlockStats grad_stats(const void* grad, Dtype dtype, int64_t count);
+void grad_histogram(const void* grad, Dtype dtype, double scale, int64_t count,
+                    math::Histogram& into);
 bool unscale(const void* input, Dtype input_dtype, void* output, Dtype output_dtype,
              double inv_scale, int64_t count);
 int64_t adam(const StepTensor& t, const math::AdamConstants& c, int64_t begin, int64_t end);

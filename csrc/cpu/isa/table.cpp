@@ -4,6 +4,7 @@ namespace halfstep::cpu {
 
 const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME,
                                 grad_stats,
+                                grad_histogram,
                                 unscale,
                                 adam,
                                 sgd,

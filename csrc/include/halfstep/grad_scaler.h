@@ -2,6 +2,7 @@
 
 #include <c10/core/Device.h>
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -43,6 +44,19 @@ struct ScalerStats {
   double zero_share = 0;        ///< zeros / elements
   double subnormal_share = 0;   ///< FP16-subnormal / non-zero
   int64_t overflowed = 0;       ///< weights kept from leaving the 16-bit range, in all
+  /// Why no step is taken any more: "loss is not finite", "gradients overflow", "scale is at its
+  /// floor"; empty while steps are taken.
+  std::string diagnosis;
+};
+
+/// One parameter's gradient in the newest update that the device has finished.
+struct TensorStats {
+  double amax = 0;             ///< largest |gradient| as stored
+  double norm = 0;             ///< unscaled, before clipping
+  double zero_share = 0;       ///< zeros / elements
+  double subnormal_share = 0;  ///< FP16-subnormal / non-zero
+  int64_t nonfinite = 0;       ///< elements that are inf or NaN
+  int64_t count = 0;           ///< elements
 };
 
 /// Loss scaling for LibTorch: torch.amp.GradScaler's protocol with a device-side policy.
@@ -77,6 +91,8 @@ class HALFSTEP_API GradScaler {
   double get_scale() const;
   const at::Tensor& scale_tensor() const;
   ScalerStats stats() const;  ///< never waits for a device
+  /// By name, of the parameters that had a gradient; never waits for a device.
+  std::map<std::string, TensorStats> tensor_stats() const;
   bool step_was_skipped() const;
   bool step_was_skipped(const torch::optim::Optimizer& optimizer) const;
   bool is_enabled() const;
