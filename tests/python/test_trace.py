@@ -283,7 +283,7 @@ def test_a_capture_is_refused(tmp_path, monkeypatch):
     opt, scaler = hs.optim.SGD([p], lr=0.0), hs.GradScaler()
     scaler.scale(torch.zeros(()))
     with hs.record(scaler, tmp_path / "t"):
-        monkeypatch.setattr("halfstep.trace.capturing", lambda: True)
+        monkeypatch.setattr("halfstep._recording.capturing", lambda: True)
         p.grad = torch.ones(2).half()
         with pytest.raises(RuntimeError, match="a captured step cannot be recorded"):
             scaler.step(opt)
