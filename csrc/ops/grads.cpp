@@ -1,6 +1,7 @@
 #include "../math/grads.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -17,6 +18,9 @@ constexpr const char* kSchemas[] = {
     // is
     // gradient i (None: a row of zeros), the last row the totals. Reads each gradient once.
     "grad_stats(Tensor?[] grads, Tensor(a!)[] table) -> Tensor",
+    // grad_stats without a table: a pure op, for graphs. Inductor of torch 2.11 fails on an op that
+    // returns one tensor and has an empty list for the arguments it writes.
+    "grad_stats_of(Tensor?[] grads) -> Tensor",
     // grads *= inv_scale in place; found_inf becomes 1 when an element is non-finite before or
     // after.
     "unscale_(Tensor(a!)[] grads, Tensor inv_scale, Tensor(b!) found_inf, Tensor(t!)[] table) -> "
@@ -40,6 +44,13 @@ at::Tensor grad_stats_meta(const c10::List<std::optional<at::Tensor>>& grads, at
       device = grad->device();
   return at::empty({int64_t(grads.size()) + 1, math::kStatColumns},
                    at::TensorOptions().dtype(at::kDouble).device(device));
+}
+
+at::Tensor grad_stats_of(const c10::List<std::optional<at::Tensor>>& grads) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("halfstep::grad_stats", "")
+                             .typed<decltype(grad_stats_meta)>();
+  return op.call(grads, {});
 }
 
 void unscale_meta(at::TensorList grads, const at::Tensor& inv_scale, const at::Tensor& found_inf,
@@ -73,6 +84,10 @@ TORCH_LIBRARY_IMPL(halfstep, Meta, m) {
   m.impl("unscale_", unscale_meta);
   m.impl("unscale_to_", unscale_to_meta);
   m.impl("step_control", step_control_meta);
+}
+
+TORCH_LIBRARY_IMPL(halfstep, CompositeExplicitAutograd, m) {
+  m.impl("grad_stats_of", grad_stats_of);
 }
 
 // A sparse gradient is refused by its index; its values() are a dense tensor that is taken.

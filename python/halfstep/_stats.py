@@ -6,7 +6,7 @@ from typing import Optional
 
 import torch
 
-from ._library import H
+from ._library import H, grad_stats
 from ._room import names_of, warn
 
 STATE_ENTRIES, ROW = 16, 8
@@ -57,39 +57,59 @@ def gradients(optimizer):
 
 def stats_of(optimizer):
     """grad_stats of any optimizer's gradients as (names, table, None), one entry a device."""
-    return [(Names(names), H.grad_stats(grads, []), None) for names, grads in gradients(optimizer).values()]
+    return [(Names(names), grad_stats(grads), None) for names, grads in gradients(optimizer).values()]
 
 
 class History:
     """The numbers of the last updates on their way to the host, and what is to be said when they arrive."""
 
     def __init__(self):
-        self.updates, self.steps = 0, []
+        self.offset, self.steps = 0, []  # updates in all, less those that the state counts
         self._pending, self._newest, self._flushed = [], None, None
+        self._compiled, self._late = [], False  # optimizers that a compiled graph stepped; whether one updated the scale
         self._optimizers = weakref.WeakSet()
         self._zero_steps, self._told_flush = 0, False
 
     def __getstate__(self):
-        return {"updates": self.updates}
+        return {"offset": self.offset}
 
     def __setstate__(self, state):
         self.__init__()
-        self.updates = state["updates"]
+        self.offset = state["offset"]
 
     def forget(self):
         """Another state was loaded: what is under way describes updates before it."""
         self._pending, self._newest, self._zero_steps = [], None, 0
+        self._compiled, self._late = [], False
+
+    def begin(self, state):
+        """The first step after an update; what is known of the one before is no longer asked for."""
+        if not torch.compiler.is_compiling():
+            self.catch_up(state)
+        self.steps, self._compiled = [], []
 
     def stepped(self, optimizer, stats, control):
-        self._optimizers.add(optimizer)
+        if torch.compiler.is_compiling():
+            self._compiled = [*self._compiled, optimizer]
+        else:
+            self._optimizers.add(optimizer)
         self.steps.append(([(holder.names, table) for holder, table, _ in stats], control[2]))
 
     def flushed(self, count):
         self._flushed = count if self._flushed is None else self._flushed + count.to(self._flushed.device, non_blocking=True)
 
     def updated(self, state):
-        """Queues one copy of this update's numbers to the host; nothing waits for it."""
-        self.updates += 1
+        """Queues one copy of this update's numbers to the host; nothing waits for it.
+
+        A graph that torch.compile made keeps the tables only: catch_up() queues the copy, once the host asks.
+        """
+        if torch.compiler.is_compiling():
+            self._late = True
+            return
+        for optimizer in self._compiled:
+            self._optimizers.add(optimizer)
+            optimizer.report_overflow()
+        self._compiled, self._late = [], False
         device = state.device
         there = lambda t: t.to(device, torch.float64, non_blocking=True).reshape(-1)
         zero = torch.zeros(1, dtype=torch.float64, device=device)
@@ -107,16 +127,21 @@ class History:
             host.copy_(numbers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._pending.append((self.updates, host, names, event))
+            self._pending.append((host, names, event))
         else:
-            self._pending.append((self.updates, numbers, names, None))
+            self._pending.append((numbers, names, None))
         self.arrive()
+
+    def catch_up(self, state):
+        """Queues the numbers of the newest update where a compiled graph made it."""
+        if self._late:
+            self.updated(state)
 
     def arrive(self):
         """Takes in what has arrived, in order."""
-        while self._pending and (self._pending[0][3] is None or self._pending[0][3].query()):
+        while self._pending and (self._pending[0][2] is None or self._pending[0][2].query()):
             self._newest = self._pending.pop(0)
-            self._watch(self._newest[1].tolist())
+            self._watch(self._newest[0].tolist())
 
     def _watch(self, numbers):
         elements, zeros = sum(numbers[_ROWS + _COUNT::ROW]), sum(numbers[_ROWS + _ZEROS::ROW])
@@ -132,14 +157,14 @@ class History:
         self.arrive()
         if self._newest is None:
             s = [0.0] * STATE_ENTRIES if loaded is None else loaded.tolist()
-            return ScalerStats(self.updates, scale, int(s[CLEAN]), int(s[APPLIED]), int(s[SKIPPED]), int(s[CONSECUTIVE]), bool(s[LAST_BAD]), None, float("nan"), 0.0, 0.0, 0.0, 0)
-        updates, numbers, names, _ = self._newest
+            return ScalerStats(self.offset + int(s[APPLIED] + s[SKIPPED]), scale, int(s[CLEAN]), int(s[APPLIED]), int(s[SKIPPED]), int(s[CONSECUTIVE]), bool(s[LAST_BAD]), None, float("nan"), 0.0, 0.0, 0.0, 0)
+        numbers, names, _ = self._newest
         s = numbers.tolist()
         rows = [s[i:i + ROW] for i in range(_ROWS, len(s), ROW)]
         bad = next((names[i][int(row[_FIRST_BAD])] for i, row in enumerate(rows) if row[_FIRST_BAD] >= 0), None)
         elements, zeros = sum(r[_COUNT] for r in rows), sum(r[_ZEROS] for r in rows)
         return ScalerStats(
-            step=updates, scale=s[SCALE], clean_steps=int(s[CLEAN]), steps_applied=int(s[APPLIED]), steps_skipped=int(s[SKIPPED]),
+            step=self.offset + int(s[APPLIED] + s[SKIPPED]), scale=s[SCALE], clean_steps=int(s[CLEAN]), steps_applied=int(s[APPLIED]), steps_skipped=int(s[SKIPPED]),
             consecutive_skips=int(s[CONSECUTIVE]), last_found_inf=bool(s[LAST_BAD]), first_bad_param=bad, grad_norm=s[_NORM],
             amax=_largest(r[_AMAX] for r in rows), zero_share=zeros / elements if elements else 0.0,
             subnormal_share=sum(r[_SUBNORMALS] for r in rows) / (elements - zeros) if elements > zeros else 0.0,

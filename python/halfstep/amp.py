@@ -2,13 +2,14 @@
 
 import inspect
 import warnings
+from collections import defaultdict
 
 import torch
 from torch.amp.grad_scaler import OptState
 
 from . import checkpoint, optim, policies
-from ._library import H
-from ._stats import SCALE, TRACKER, History, ScalerStats, gradients, stats_of
+from ._library import H, grad_stats
+from ._stats import APPLIED, SCALE, SKIPPED, TRACKER, History, ScalerStats, gradients, stats_of
 
 _SIXTEEN = (torch.float16, torch.bfloat16)
 
@@ -20,6 +21,11 @@ def autocast(device_type, dtype=torch.float16, enabled=True):
 
 def _ours(optimizer):
     return isinstance(optimizer, (optim.Optimizer, optim.Masters))
+
+
+def _ready():
+    """What is known of an optimizer before it is unscaled or stepped: torch's, in a form that torch.compile traces."""
+    return {"stage": OptState.READY, "found_inf_per_device": {}}
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -45,6 +51,7 @@ class GradScaler(torch.amp.GradScaler):
         dynamic = policy if isinstance(policy, policies.Dynamic) else policies.Dynamic()
         super().__init__("cpu", init_scale=policy.init_scale, growth_factor=dynamic.growth_factor, backoff_factor=dynamic.backoff_factor,
                          growth_interval=dynamic.growth_interval, enabled=enabled)
+        self._per_optimizer_states = defaultdict(_ready)
         self._device = None if device is None else torch.device(device).type
         self._policy_vector = self._state = None
         self._loaded_state = None
@@ -59,11 +66,9 @@ class GradScaler(torch.amp.GradScaler):
 
     @property
     def _updates(self):
-        return self._history.updates
-
-    @_updates.setter
-    def _updates(self, value):
-        self._history.updates = value
+        """Updates in all; reads device memory."""
+        state = self._loaded_state if self._state is None else self._state
+        return self._history.offset + (0 if state is None else int(state[APPLIED] + state[SKIPPED]))
 
     # -- state on the device -----------------------------------------------------------------------
     def _lazy_init_scale_growth_tracker(self, dev):
@@ -76,6 +81,12 @@ class GradScaler(torch.amp.GradScaler):
             self._state[SCALE], self._state[TRACKER] = self._init_scale, self._init_growth_tracker
         self._scale = self._state[SCALE].float().clone()
         self._growth_tracker = self._state[TRACKER]
+
+    def _check_scale_growth_tracker(self, funcname):
+        """torch's hook, which its own methods call too; torch.compile does not trace torch's."""
+        if self._scale is None:
+            raise AssertionError(f"Attempted {funcname} but _scale is None. scale() was not called, or by another scaler.")
+        return self._scale, self._growth_tracker
 
     @property
     def policy(self):
@@ -138,11 +149,11 @@ class GradScaler(torch.amp.GradScaler):
         """In place, or for the pairs of `widened` into an FP32 gradient of the parameter. Returns the flag of what was found."""
         flag = torch.zeros((), device=inverse.device)
         half = [grad for grad in in_place if grad.dtype == torch.float16]
-        zeros = H.grad_stats(half, [])[-1, 3] if half else None
+        zeros = grad_stats(half)[-1, 3] if half else None
         if in_place:
             H.unscale_(in_place, inverse, flag, [])
         if half:
-            self._history.flushed(H.grad_stats(half, [])[-1, 3] - zeros)
+            self._history.flushed(grad_stats(half)[-1, 3] - zeros)
         if widened:
             outputs = [torch.empty_like(grad, dtype=torch.float32) for _, grad in widened]
             H.unscale_to_(outputs, [grad for _, grad in widened], inverse, flag, [])
@@ -150,14 +161,14 @@ class GradScaler(torch.amp.GradScaler):
                 param.grad = None
                 if param.grad_dtype != torch.float32:
                     param.grad_dtype = torch.float32
-                    optimizer._widened.append(param)
+                    optimizer._turn.widened.append(param)
                 param.grad = output
         return flag
 
     @torch.no_grad()
     def _check_inf_per_device(self, optimizer):
         """torch's hook for optimizers that unscale themselves; it only reads."""
-        flags = {device: H.grad_stats(grads, [])[-1, 7].float() for device, (_, grads) in gradients(optimizer).items()}
+        flags = {device: grad_stats(grads)[-1, 7].float() for device, (_, grads) in gradients(optimizer).items()}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = flags
         return flags
 
@@ -165,7 +176,8 @@ class GradScaler(torch.amp.GradScaler):
     def _begin(self):
         """First call after an update: what was known of the last step is no longer asked for."""
         if self._fresh:
-            self._found, self._history.steps, self._fresh = {}, [], False
+            self._history.begin(self._state)
+            self._found, self._fresh = {}, False
 
     def step(self, optimizer, closure=None, *args, **kwargs):
         """optimizer.step() unless a gradient is non-finite.
@@ -197,7 +209,8 @@ class GradScaler(torch.amp.GradScaler):
             result = self._step_stock(optimizer, state, loss, closure, args, kwargs)
             loss = result if loss is None else loss
         state["stage"] = OptState.STEPPED
-        torch.clear_autocast_cache()
+        if not torch.compiler.is_compiling():
+            torch.clear_autocast_cache()
         return loss
 
     def _scale_for(self, optimizer, unscaled):
@@ -212,13 +225,13 @@ class GradScaler(torch.amp.GradScaler):
         assert stats or state["found_inf_per_device"], "No inf checks were recorded for this optimizer."
         found = self._combine(state["found_inf_per_device"].values(), self._scale.device) if unscaled else None
         scale = self._scale_for(optimizer, unscaled)
-        optimizer._control = None
-        optimizer._handed = (scale, found, stats) if isinstance(optimizer, optim.Optimizer) else (scale, found, stats, loss, closure)
+        optimizer._turn.control = None
+        optimizer._turn.handed = (scale, found, stats) if isinstance(optimizer, optim.Optimizer) else (scale, found, stats, loss, closure)
         try:
             optimizer.step()  # the public one: hooks, schedulers and wrappers see it
         finally:
-            optimizer._handed = None
-        control = optimizer._control
+            optimizer._turn.handed = None
+        control = optimizer._turn.control
         if control is None:  # a wrapper of step() did not call it
             control = optimizer._make_control(scale, found, None, [table for _, table, _ in stats])
         state["found_inf_per_device"] = {control.device: control[0].float()}
@@ -324,8 +337,8 @@ class GradScaler(torch.amp.GradScaler):
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for optimizer in optimizers:
             if _ours(optimizer):
-                pending = optimizer._pending_clip
-                optimizer._pending_clip = factor if pending is None else pending.to(factor.device) * factor
+                pending = optimizer._turn.clip
+                optimizer._turn.clip = factor if pending is None else pending.to(factor.device) * factor
                 self._clipped.append(optimizer)
             else:
                 for _, grads in gradients(optimizer).values():
@@ -344,13 +357,13 @@ class GradScaler(torch.amp.GradScaler):
         norms = []
         for device, (_, grads) in gradients(optimizer).items():
             if norm_type == 2.0:
-                norm = H.grad_stats(grads, [])[-1, 1].sqrt()
+                norm = grad_stats(grads)[-1, 1].sqrt()
             else:
                 norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.double(), norm_type) for g in grads]), norm_type)
             if stage is OptState.READY:
                 norm = norm / self._scale.to(device, torch.float64)
-            if _ours(optimizer) and optimizer._pending_clip is not None:
-                norm = norm * optimizer._pending_clip.to(device)
+            if _ours(optimizer) and optimizer._turn.clip is not None:
+                norm = norm * optimizer._turn.clip.to(device)
             norms.append(norm)
         return norms
 
@@ -380,7 +393,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _forget_clips(self):
         for optimizer in self._clipped:
-            optimizer._pending_clip = None
+            optimizer._turn.clip = None
         self._clipped.clear()
 
     # -- what is known -----------------------------------------------------------------------------
@@ -388,6 +401,8 @@ class GradScaler(torch.amp.GradScaler):
         """ScalerStats of the newest update that the device has finished; never waits."""
         if not self._enabled:
             return self._history.read(None, 1.0)
+        if self._fresh:
+            self._history.catch_up(self._state)
         scale = self._init_scale if self._scale is None or self._scale.device.type == "cuda" else float(self._scale)
         return self._history.read(self._loaded_state, scale)
 
@@ -428,8 +443,9 @@ class GradScaler(torch.amp.GradScaler):
         """Loads ours or torch's; a refused load changes nothing. The policy of a halfstep state comes with it."""
         if not self._enabled:
             return
+        before = self._updates
         self._rule, numbers, updates = checkpoint.read_scaler_state(state_dict, self._rule)
-        self._updates = self._updates if updates is None else updates
+        self._history.offset = (before if updates is None else updates) - int(numbers[APPLIED] + numbers[SKIPPED])
         self._init_scale, self._init_growth_tracker = numbers[SCALE], int(numbers[TRACKER])
         self._growth_factor, self._backoff_factor = float(state_dict["growth_factor"]), float(state_dict["backoff_factor"])
         self._growth_interval = int(state_dict["growth_interval"])

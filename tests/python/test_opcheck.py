@@ -39,6 +39,11 @@ def samples_grad_stats():
         yield ([torch.randn(5, 3).to(dtype), None, torch.zeros(0, dtype=dtype), torch.randn(6, 4).to(dtype)[::2, 1:]], []), {}
 
 
+def samples_grad_stats_of():
+    for (grads, _), kwargs in samples_grad_stats():
+        yield (grads,), kwargs
+
+
 def samples_unscale_():
     for dtype in FLOATS:
         yield ([torch.randn(5).to(dtype), torch.zeros(0, dtype=dtype)], torch.tensor(0.5), torch.zeros(()), []), {}
