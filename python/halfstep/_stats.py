@@ -45,12 +45,17 @@ class Names:
 def gradients(optimizer):
     """{device: (names, dense gradients or values of sparse ones)} of the parameters that have one."""
     devices = {}
-    for index, group in enumerate(optimizer.param_groups):
-        for param, name in zip(group["params"], names_of(group, index)):
+    if torch.compiler.is_compiling():
+        # A graph must not ask for param_groups: torch 2.11 then makes constants of the parameters, for which a traced backward() does nothing.
+        members = [(room.params, room.names) for room in optimizer._rooms]
+    else:
+        members = [(group["params"], names_of(group, index)) for index, group in enumerate(optimizer.param_groups)]
+    for params, names in members:
+        for param, name in zip(params, names):
             grad = param.grad
             if grad is not None:
-                names, grads = devices.setdefault(grad.device, ([], []))
-                names.append(name)
+                found, grads = devices.setdefault(grad.device, ([], []))
+                found.append(name)
                 grads.append(grad._values() if grad.is_sparse else grad)
     return devices
 

@@ -228,7 +228,10 @@ class GradScaler(torch.amp.GradScaler):
         optimizer._turn.control = None
         optimizer._turn.handed = (scale, found, stats) if isinstance(optimizer, optim.Optimizer) else (scale, found, stats, loss, closure)
         try:
-            optimizer.step()  # the public one: hooks, schedulers and wrappers see it
+            if torch.compiler.is_compiling():
+                type(optimizer).step(optimizer)  # hooks see it; what a scheduler puts in front of step() is not traced
+            else:
+                optimizer.step()  # the public one: hooks, schedulers and wrappers see it
         finally:
             optimizer._turn.handed = None
         control = optimizer._turn.control

@@ -128,6 +128,15 @@ class Optimizer(torch.optim.Optimizer):
             self._step_with(None if scale is None else scale.reshape(()).float(), None if found_inf is None else found_inf.reshape(()).float())
         return loss
 
+    @property
+    def _opt_called(self):
+        """What torch's schedulers ask, to see that step() came first; a compiled step cannot leave it here."""
+        return self.__dict__.get("_opt_called", False) or any(room.versions is None for room in self._rooms)
+
+    @_opt_called.setter
+    def _opt_called(self, value):
+        self.__dict__["_opt_called"] = value
+
     def zero_grad(self, set_to_none=True):
         """torch's; and gradients that unscale_ made FP32 come back in the parameter's dtype."""
         if torch.compiler.is_compiling():
