@@ -1,3 +1,4 @@
+#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include "gather.h"
@@ -38,7 +39,14 @@ constexpr const char* kSchemas[] = {
     // dry_run counts only.
     "refresh_masters_(Tensor[] params, Tensor(a!)[] masters, Tensor(b!) changed, bool dry_run) -> "
     "()",
+    // Stands in a graph before an op that writes the tensors, and writes nothing: inductor of torch
+    // 2.11 schedules a pointwise value that reads them, but is not stored yet, behind the op that
+    // makes it store the value, which would read what was written. Behind this one it reads the
+    // same. And the thread forgets its autocast casts, which the op behind makes out of date.
+    "fence_(Tensor(a!)[] tensors) -> ()",
 };
+
+void fence_(at::TensorList) { at::autocast::clear_cache(); }
 
 void nothing_adam(const char*, bool, const AdamArgs&) {}
 void nothing_sgd(const SgdArgs&) {}
@@ -72,6 +80,8 @@ TORCH_LIBRARY_IMPL(halfstep, Meta, m) {
   m.impl("read_masters", read_masters_meta);
   m.impl("refresh_masters_", refresh_masters_meta);
 }
+
+TORCH_LIBRARY_IMPL(halfstep, CompositeExplicitAutograd, m) { m.impl("fence_", fence_); }
 
 // A sparse argument is refused by its name and index, by the same checks, not by the dispatcher.
 void refuse_sparse(torch::Library& m) {

@@ -42,15 +42,18 @@ class Names:
         self.names = names
 
 
+def members(optimizer):
+    """[(parameters, names)], one entry a group."""
+    if torch.compiler.is_compiling():
+        # A graph must not ask for param_groups: torch 2.11 then makes constants of the parameters, for which a traced backward() does nothing.
+        return [(room.params, room.names) for room in optimizer._rooms]
+    return [(group["params"], names_of(group, index)) for index, group in enumerate(optimizer.param_groups)]
+
+
 def gradients(optimizer):
     """{device: (names, dense gradients or values of sparse ones)} of the parameters that have one."""
     devices = {}
-    if torch.compiler.is_compiling():
-        # A graph must not ask for param_groups: torch 2.11 then makes constants of the parameters, for which a traced backward() does nothing.
-        members = [(room.params, room.names) for room in optimizer._rooms]
-    else:
-        members = [(group["params"], names_of(group, index)) for index, group in enumerate(optimizer.param_groups)]
-    for params, names in members:
+    for params, names in members(optimizer):
         for param, name in zip(params, names):
             grad = param.grad
             if grad is not None:

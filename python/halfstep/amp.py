@@ -8,8 +8,8 @@ import torch
 from torch.amp.grad_scaler import OptState
 
 from . import checkpoint, optim, policies
-from ._library import H, grad_stats
-from ._stats import APPLIED, SCALE, SKIPPED, TRACKER, History, ScalerStats, gradients, stats_of
+from ._library import H, fence, grad_stats
+from ._stats import APPLIED, SCALE, SKIPPED, TRACKER, History, ScalerStats, gradients, members, stats_of
 
 _SIXTEEN = (torch.float16, torch.bfloat16)
 
@@ -123,12 +123,20 @@ class GradScaler(torch.amp.GradScaler):
         """Divides the gradients by the scale once. FP16 and BF16 gradients of halfstep optimizers become FP32."""
         if not self._enabled:
             return
+        self._check_scale_growth_tracker("unscale_")
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is OptState.UNSCALED:
+            raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
+        if state["stage"] is OptState.STEPPED:
+            raise RuntimeError("unscale_() is being called after step().")
         self._begin()
-        super().unscale_(optimizer)
+        inverse = self._scale.double().reciprocal().float()  # of a double, as torch's
+        state["found_inf_per_device"] = self._unscale_grads_(optimizer, inverse, torch.zeros_like(inverse), False)
+        state["stage"] = OptState.UNSCALED
 
     @torch.no_grad()
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
-        grads = [(param, param.grad) for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        grads = [(param, param.grad) for params, _ in members(optimizer) for param in params if param.grad is not None]
         for _, grad in grads:
             if grad.is_complex():
                 raise NotImplementedError(f"unscale_: a gradient is {grad.dtype}; complex gradients are not supported")
@@ -151,6 +159,7 @@ class GradScaler(torch.amp.GradScaler):
         half = [grad for grad in in_place if grad.dtype == torch.float16]
         zeros = grad_stats(half)[-1, 3] if half else None
         if in_place:
+            fence(in_place)
             H.unscale_(in_place, inverse, flag, [])
         if half:
             self._history.flushed(grad_stats(half)[-1, 3] - zeros)
@@ -388,6 +397,7 @@ class GradScaler(torch.amp.GradScaler):
         else:
             flags = [f for s in self._per_optimizer_states.values() for f in s["found_inf_per_device"].values()]
             assert len(flags) > 0, "No inf checks were recorded prior to update."
+            fence([self._scale])
             H.update_scale_(self._scale, self._state, self._combine(flags, self._scale.device), self._policy_vector)
             self._history.updated(self._state)
         self._per_optimizer_states.clear()

@@ -6,7 +6,7 @@ import inspect
 import torch
 
 from . import checkpoint
-from ._library import H, grad_stats
+from ._library import H, fence, grad_stats
 from ._modes import describe, mode
 from ._room import LIMIT, MASTERS, SIXTEEN, Room, Turn, capturing, check_fits, check_parameter, dtype_name, master_dtype, names_of, own, take_exact, warn_edited, warn_overflow
 
@@ -213,6 +213,7 @@ class Optimizer(torch.optim.Optimizer):
             control[0] = 0.0
         rates = [room.device_lr() for room, _ in work]
         for (room, grads), lr in zip(work, rates):
+            fence(room.params)
             self._apply(room, grads, lr, None if control is None else control.to(room.steps.device, non_blocking=True))
         self._turn.control = control
         self._count_skip(judged, control)

@@ -44,6 +44,10 @@ def samples_grad_stats_of():
         yield (grads,), kwargs
 
 
+def samples_fence_():
+    yield ([torch.randn(5), torch.zeros(0), torch.randn(2, 3).half()],), {}
+
+
 def samples_unscale_():
     for dtype in FLOATS:
         yield ([torch.randn(5).to(dtype), torch.zeros(0, dtype=dtype)], torch.tensor(0.5), torch.zeros(()), []), {}
