@@ -5,6 +5,7 @@ import warnings
 from collections import defaultdict
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import OptState
 
 from . import checkpoint, optim, policies
@@ -21,6 +22,21 @@ def autocast(device_type, dtype=torch.float16, enabled=True):
 
 def _ours(optimizer):
     return isinstance(optimizer, (optim.Optimizer, optim.Masters))
+
+
+@_disable_dynamo
+def _outside_the_graph(method, *args, **kwargs):
+    """What reads device memory on the host: torch.compile breaks its graph here, or refuses with fullgraph=True."""
+    return method(*args, **kwargs)
+
+
+def _traceable(optimizer):
+    """Ours, with gradients in the dtype of their weights: torch 2.11 traces no parameter that may have another."""
+    return isinstance(optimizer, optim.Optimizer) and not optimizer._turn.widened and not any(room.group["grad_dtype"] == "fp32" for room in optimizer._rooms)
+
+
+def _needs_the_host(*optimizers):
+    return torch.compiler.is_compiling() and not all(_traceable(o) for o in optimizers)
 
 
 def _ready():
@@ -123,6 +139,8 @@ class GradScaler(torch.amp.GradScaler):
         """Divides the gradients by the scale once. FP16 and BF16 gradients of halfstep optimizers become FP32."""
         if not self._enabled:
             return
+        if _needs_the_host(optimizer) or torch.compiler.is_compiling() and any(p.dtype in _SIXTEEN for params, _ in members(optimizer) for p in params):
+            return _outside_the_graph(GradScaler.unscale_, self, optimizer)  # 16-bit gradients change their dtype, which is not traced
         self._check_scale_growth_tracker("unscale_")
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.UNSCALED:
@@ -196,6 +214,8 @@ class GradScaler(torch.amp.GradScaler):
         before the check. An optimizer that evaluates it again (LBFGS) sees unscaled gradients each time; one that is not
         finite then takes the whole step back.
         """
+        if _needs_the_host(optimizer):
+            return _outside_the_graph(GradScaler.step, self, optimizer, closure, *args, **kwargs)
         if not self._enabled:
             return optimizer.step(*([] if closure is None else [closure]), *args, **kwargs)
         state = self._per_optimizer_states[id(optimizer)]
@@ -340,6 +360,8 @@ class GradScaler(torch.amp.GradScaler):
         written. Gradients of other optimizers are unscaled and multiplied in place.
         """
         optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+        if _needs_the_host(*optimizers):
+            return _outside_the_graph(GradScaler.clip_grad_norm_, self, optimizers, max_norm, norm_type)
         if not max_norm >= 0:
             raise ValueError(f"clip_grad_norm_: max_norm is {max_norm}; expected a number >= 0")
         norms = [norm for optimizer in optimizers for norm in self._norms(optimizer, float(norm_type))]

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import warnings
 
 import pytest
@@ -124,7 +125,7 @@ WHOLE = {
     **{f"{str(dtype)[6:]}-{master}": dict(dtype=dtype, master=master) for dtype, master in MODES},
     "max_grad_norm": dict(max_grad_norm=0.3), "clip": dict(clip=0.3), "both clips": dict(clip=0.3, max_grad_norm=0.2),
     "two optimizers": dict(optimizers=2, clip=0.3, max_grad_norm=1.0), "accumulation": dict(micro=4), "zeros, not None": dict(set_to_none=False),
-    "grad_dtype": dict(grad_dtype="fp32", micro=2), "Adam": dict(optimizer=hs.optim.Adam, amsgrad=True, weight_decay=0.1),
+    "Adam": dict(optimizer=hs.optim.Adam, amsgrad=True, weight_decay=0.1),
     "SGD": dict(optimizer=hs.optim.SGD, momentum=0.9, nesterov=True), "SGD without momentum": dict(optimizer=hs.optim.SGD, max_grad_norm=1.0),
     "unscale_": dict(dtype=torch.float32, unscale=True, max_grad_norm=1.0), "lr in FP32": dict(lr=lambda: torch.tensor(1e-2)),
 }
@@ -144,8 +145,9 @@ def test_the_whole_iteration_is_one_graph_and_bit_equal_to_eager(case):
 def test_a_schedule_changes_the_rate_of_a_compiled_step(schedule, lr):
     """With a tensor and with a number; neither is compiled anew for another value. Equal to a number in eager mode."""
     twin = Run(schedule=SCHEDULES[schedule], lr=lambda: 1e-2).go()
-    ours = Run(schedule=SCHEDULES[schedule], lr=fp64 if lr == "tensor" else lambda: 1e-2).go(backend="aot_eager", recompiles=3 if schedule == "SkipAware" else 2)
+    ours = Run(schedule=SCHEDULES[schedule], lr=fp64 if lr == "tensor" else lambda: 1e-2).go(backend="aot_eager", recompiles=4)
     same_run(ours, twin)
+    assert counters["stats"]["unique_graphs"] <= (3 if lr == "float" else 2)
     assert float(ours.optimizers[0].param_groups[0]["lr"]) == twin.optimizers[0].param_groups[0]["lr"] != 1e-2
 
 
@@ -400,17 +402,67 @@ def test_what_needs_the_host_breaks_the_graph_and_stays_right(make):
         opt, scaler = make(net.parameters()), hs.GradScaler(init_scale=4.0)
 
         def tail():
+            norm = scaler.clip_grad_norm_(opt, 0.1)
             scaler.step(opt)
             scaler.update()
+            return norm
 
         end = torch.compile(tail, backend="aot_eager") if compiled else tail
+        norms = []
         for x, y in batches(5):
             opt.zero_grad()
             scaler.scale(torch.nn.functional.cross_entropy(net(x), y)).backward()
-            end()
-        return [p.detach() for p in net.parameters()] + [scaler.scale_tensor]
+            norms.append(end())
+        return [p.detach() for p in net.parameters()] + [scaler.scale_tensor] + norms
 
     same(run(True), run(False))
+
+
+def test_what_needs_the_host_is_refused_in_a_full_graph():
+    net = network(torch.float32)
+    opt, scaler = torch.optim.AdamW(net.parameters()), hs.GradScaler()
+    scaler.scale(net(torch.ones(1, 8)).sum()).backward()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="_outside_the_graph"):
+        torch.compile(lambda: scaler.step(opt), fullgraph=True, backend="aot_eager")()
+
+
+def test_unscale_of_16_bit_gradients_breaks_the_graph_and_stays_right():
+    def run(compiled):
+        s = Steps(torch.float16, "split16")
+
+        def tail():
+            s.scaler.unscale_(s.opt)
+            s.both()
+
+        go = torch.compile(tail, backend="aot_eager") if compiled else tail
+        for i in range(5):
+            s.opt.zero_grad()
+            s.grads(i == 2)
+            go()
+        return s.tensors()
+
+    same(run(True), run(False))
+
+
+def test_fp32_gradients_of_16_bit_weights_break_the_graph_and_stay_right():
+    """torch 2.11 traces no parameter whose gradient has another dtype."""
+    twin, ours = Run(grad_dtype="fp32", micro=2), Run(grad_dtype="fp32", micro=2)
+
+    def tail():
+        ours.scaler.step(ours.optimizers[0])
+        ours.scaler.update()
+
+    compiled = torch.compile(tail, backend="aot_eager")
+    for i, (x, y) in enumerate(batches(6)):
+        twin.iterate(x, y)
+        ours.optimizers[0].zero_grad()
+        for part, labels in zip(x.chunk(2), y.chunk(2)):
+            ours.scaler.scale(ours.loss(part, labels) / 2).backward()
+        if i == 0:
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="_outside_the_graph"):
+                torch.compile(tail, fullgraph=True, backend="aot_eager")()
+        compiled()
+    same_run(ours, twin)
 
 
 # -- the graph itself -----------------------------------------------------------------------------------
@@ -430,9 +482,9 @@ def graphs_of(run, count=3):
 
 def test_no_node_of_the_graph_reads_device_memory_on_the_host():
     targets = graphs_of(lambda backend, n: Run(clip=0.3, max_grad_norm=1.0, micro=2, optimizers=2, master="fp32").go(n, backend=backend, look=False))
-    assert any("adamw_step_" in t for t in map(str, targets)) or any("auto_functionalized" in t for t in targets)
-    waits = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "_to_cpu", "tolist", "masked_select", "unique")
-    assert [t for t in targets if any(w in t for w in waits)] == []
+    words = {word for target in targets for word in re.findall(r"\w+", target)}
+    assert {"grad_stats_of", "step_control", "auto_functionalized_v2"} <= words
+    assert not words & {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "_to_cpu", "tolist", "masked_select", "_unique2", "equal"}
 
 
 def test_a_value_computed_before_the_step_is_that_of_the_weights_before_it():
