@@ -1,6 +1,7 @@
 #include "../math/grads.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -27,6 +28,9 @@ constexpr const char* kSchemas[] = {
     // (HistogramColumn). scale: one float32 element. None: a row of zeros. Reads each gradient
     // once.
     "grad_histogram(Tensor?[] grads, Tensor? scale) -> Tensor",
+    // grad_stats without a table: a pure op, for graphs. Inductor of torch 2.11 fails on an op that
+    // returns one tensor and has an empty list for the arguments it writes.
+    "grad_stats_of(Tensor?[] grads) -> Tensor",
     // grads *= inv_scale in place; found_inf becomes 1 when an element is non-finite before or
     // after.
     "unscale_(Tensor(a!)[] grads, Tensor inv_scale, Tensor(b!) found_inf, Tensor(t!)[] table) -> "
@@ -73,6 +77,13 @@ at::Tensor grad_histogram_meta(const OptionalTensors& grads,
   return empty_rows(grads, int64_t(grads.size()), math::kHistColumns);
 }
 
+at::Tensor grad_stats_of(const c10::List<std::optional<at::Tensor>>& grads) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("halfstep::grad_stats", "")
+                             .typed<decltype(grad_stats_meta)>();
+  return op.call(grads, {});
+}
+
 void unscale_meta(at::TensorList grads, const at::Tensor& inv_scale, const at::Tensor& found_inf,
                   at::TensorList) {
   check_unscale("unscale_", grads, grads, inv_scale, found_inf);
@@ -107,6 +118,10 @@ TORCH_LIBRARY_IMPL(halfstep, Meta, m) {
   m.impl("unscale_", unscale_meta);
   m.impl("unscale_to_", unscale_to_meta);
   m.impl("step_control", step_control_meta);
+}
+
+TORCH_LIBRARY_IMPL(halfstep, CompositeExplicitAutograd, m) {
+  m.impl("grad_stats_of", grad_stats_of);
 }
 
 // A sparse gradient is refused by its index; its values() are a dense tensor that is taken.

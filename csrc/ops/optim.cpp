@@ -1,3 +1,4 @@
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
@@ -45,7 +46,14 @@ constexpr const char* kSchemas[] = {
     // dry_run counts only.
     "refresh_masters_(Tensor[] params, Tensor(a!)[] masters, Tensor(b!) changed, bool dry_run) -> "
     "()",
+    // Stands in a graph before an op that writes the tensors, and writes nothing: inductor of torch
+    // 2.11 schedules a pointwise value that reads them, but is not stored yet, behind the op that
+    // makes it store the value, which would read what was written. Behind this one it reads the
+    // same. And the thread forgets its autocast casts, which the op behind makes out of date.
+    "fence_(Tensor(a!)[] tensors) -> ()",
 };
+
+void fence_(at::TensorList) { at::autocast::clear_cache(); }
 
 struct Nothing {
   template <class Rule>
@@ -97,6 +105,8 @@ TORCH_LIBRARY_IMPL(halfstep, Meta, m) {
   m.impl("read_state", read_state_meta);
   m.impl("write_state_", write_state_meta);
 }
+
+TORCH_LIBRARY_IMPL(halfstep, CompositeExplicitAutograd, m) { m.impl("fence_", fence_); }
 
 // A sparse argument is refused by its name and index, by the same checks, not by the dispatcher.
 TORCH_LIBRARY_IMPL(halfstep, SparseCPU, m) { register_steps<Nothing>(m); }

@@ -33,6 +33,17 @@ _C = _load()
 H = torch.ops.halfstep
 
 
+def fence(tensors):
+    """Before an op writes `tensors`: in a graph that torch.compile makes, whatever was computed of them is read first."""
+    if torch.compiler.is_compiling():
+        H.fence_(tensors)
+
+
+def grad_stats(grads, table=()):
+    """H.grad_stats; in a graph that torch.compile makes, the same without the table."""
+    return H.grad_stats_of(grads) if torch.compiler.is_compiling() else H.grad_stats(grads, table)
+
+
 def cuda_status():
     """"ready", or why the CUDA kernels cannot be used here. libhalfstep.so loads them where torch has CUDA."""
     info = _C.build_info()

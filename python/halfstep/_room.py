@@ -8,7 +8,7 @@ from operator import attrgetter
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._library import H
+from ._library import H, grad_stats
 
 SIXTEEN = (torch.float16, torch.bfloat16)
 MASTERS = ("auto", "fp32", "fp64", "split16", "none")
@@ -118,6 +118,16 @@ def take_exact(param):
     return torch.where(exact.to(param.dtype) == param.detach(), exact, param.detach().to(exact.dtype))
 
 
+class Turn:
+    """What one call of an iteration leaves for the next: the clip factor, what the scaler hands to step() and gets back.
+
+    Beside the optimizer, since torch.compile traces no assignment to an attribute of an optimizer itself.
+    """
+
+    def __init__(self):
+        self.handed, self.clip, self.control, self.widened = None, None, None, []
+
+
 class Room:
     """Masters, states and counters of one parameter group, in the order of its parameters.
 
@@ -131,6 +141,7 @@ class Room:
         n = len(self.params)
         self.steps = torch.zeros(n, dtype=torch.int64, device=device)
         self.overflowed = torch.zeros(n, dtype=torch.int64, device=device)
+        self.followed = torch.zeros(n, dtype=torch.int64, device=device)  # edited elements that compiled steps found
         self.reported, self.reported_total = [0] * n, 0
         self.lr = torch.zeros((), dtype=torch.float64, device=device)
         self.lr_value = None
@@ -172,8 +183,15 @@ class Room:
         dtype = master_dtype(self.group["master"], self.params[i])
         return torch.zeros_like(self.params[i], dtype=dtype, requires_grad=False) if i in self.frozen and dtype is not None else self.masters[i]
 
+    @property
+    def weights(self):
+        """What the ops write. A graph sees the parameters themselves, since an alias of its input would have to be cloned."""
+        return self.params if torch.compiler.is_compiling() else self.raw
+
     def thaw(self, indices):
         """Parameters that were frozen from the start get their master and states."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"'{self.names[indices[0]]}' was unfrozen before a compiled step; take one step with it outside torch.compile, which makes its state")
         if capturing():
             raise RuntimeError(f"'{self.names[indices[0]]}' was unfrozen inside a captured graph; take one step with it before the capture")
         self.frozen = [i for i in self.frozen if i not in indices]
@@ -210,13 +228,24 @@ class Room:
     def changed(self):
         return list(map(_version, self.params)) != self.versions or list(map(_data_ptr, self.params)) != self.pointers
 
+    def follow_compiled(self):
+        """A graph cannot ask for versions: where masters hold values of their own, an edited weight is found by its value."""
+        if any(master.numel() and master.dtype != torch.int16 for master in self.masters):
+            changed = torch.zeros_like(self.followed)
+            H.refresh_masters_(self.params, self.masters, changed, False)
+            self.followed.add_(changed)
+
     @torch.no_grad()
     def catch_up(self):
         """Follows edits and moves of the parameters. Returns the names of edited ones, and whether tensors were replaced."""
         edited, replaced, swapped = [], False, []
+        compiled = self.versions is None  # steps of a graph wrote the weights: versions say nothing
+        if compiled and capturing():
+            raise RuntimeError(f"the steps of group {self.index} so far were compiled; take one outside torch.compile before the capture, so that edits can be told from steps")
+        versions = list(map(_version, self.params)) if compiled else self.versions
         for i, param in enumerate(self.params):
             moved = param.data_ptr() != self.pointers[i]
-            if not moved and param._version == self.versions[i]:
+            if not moved and param._version == versions[i] and not compiled:
                 continue
             if capturing():
                 raise RuntimeError(f"'{self.names[i]}' was {'moved' if moved else 'edited'} inside a captured graph; do it between steps, outside the capture")
@@ -227,13 +256,20 @@ class Room:
         for i, _ in swapped:
             self.raw[i] = self.params[i].detach()
             replaced |= self._settle(i)
-        split = [i for i in edited if self.masters[i].dtype == torch.int16 and self.params[i]._version != self.versions[i]]
+        split = [i for i in edited if self.masters[i].dtype == torch.int16 and self.params[i]._version != versions[i]]
         for i, old in swapped:
             if self._rewrite(i, old):
                 split.append(i)
-        names = [name for name, _, _ in self.refresh(edited)]
+        names = {name for name, _, _ in self.refresh(edited)} | self._followed()
         self.remember()
         return [self.names[i] for i in edited if self.names[i] in names or i in split], replaced
+
+    def _followed(self):
+        """Names of the edited weights that compiled steps found since the last call."""
+        found = self.followed.tolist() if self.versions is None else []
+        if any(found):
+            self.followed.zero_()
+        return {name for name, count in zip(self.names, found) if count}
 
     def _check_moved(self, indices):
         """Before anything follows a move: all parameters of the group went along, with dtype and shape as they were."""
@@ -283,7 +319,7 @@ class Room:
     def table(self, op):
         """Where `op` keeps its rows of pointers between the steps on a GPU: device memory and its mirror. None on the CPU."""
         device = self.steps.device
-        if device.type != "cuda":
+        if device.type != "cuda" or torch.compiler.is_compiling():  # the mirror, a host tensor, would keep a compiled step out of a CUDA graph
             return []
         known = self.tables.get(op)
         if known is None or known[0].device != device:
@@ -294,7 +330,7 @@ class Room:
     def frame(self, grads, lr, control):
         """The arguments that all step ops begin with (csrc/ops/optim.h)."""
         states = [tensor for tensors in self.states.values() for tensor in tensors]
-        return self.raw, grads, self.masters, states, [], [], self.steps, self.overflowed, lr, control, self.table("step")
+        return self.weights, grads, self.masters, states, [], [], self.steps, self.overflowed, lr, control, self.table("step")
 
     def frame_numbers(self):
         return {"ema_decay": 0.0, "stochastic": False, "seed": 0}
@@ -302,7 +338,7 @@ class Room:
     # -- what a step needs -------------------------------------------------------------------------
     def gather(self):
         """The gradients, or None where there is none at all."""
-        grads = list(map(_grad, self.params))
+        grads = [p.grad for p in self.params] if torch.compiler.is_compiling() else list(map(_grad, self.params))
         if self.frozen:
             thawed = [i for i in self.frozen if grads[i] is not None]
             if thawed:
@@ -312,7 +348,7 @@ class Room:
     def statistics(self, grads):
         """grad_stats of the gradients; of those that the backward's hooks saw, without reading them."""
         if self.backward is None or torch.compiler.is_compiling():
-            return H.grad_stats(grads, self.table("grad_stats"))
+            return grad_stats(grads, self.table("grad_stats"))
         self.backward.follow(self.params)  # parameters that were unfrozen since
         return self.backward.join(grads, self.table("grad_stats"))
 
@@ -336,6 +372,9 @@ class Room:
         """After an update: autograd must know that the weights were written, and an edit must not be taken for ours."""
         if self.backward is not None:
             self.backward.forget()
+        if torch.compiler.is_compiling():
+            self.versions = None  # unknown; the next eager call compares values
+            return
         self.present = [g is not None for g in grads]
         written = self.raw if False not in self.present else [p for p, there in zip(self.raw, self.present) if there]
         torch.autograd.graph.increment_version(written)
@@ -343,6 +382,10 @@ class Room:
 
     def device_lr(self):
         lr = self.group["lr"]
+        if torch.compiler.is_compiling():
+            # torch 2.11 loses in-place ops on 0-d float64 tensors of the CPU when it traces a function a second time.
+            there = dict(dtype=torch.float64, device=self.steps.device)
+            return lr.reshape(()).to(**there, non_blocking=True) if isinstance(lr, torch.Tensor) else torch.ones((), **there) * lr  # a product stays a number of the graph; full() would fix it
         if isinstance(lr, torch.Tensor):
             self.lr.copy_(lr.reshape(()))
         elif lr != self.lr_value:

@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 
-from ._library import H
+from ._library import H, grad_stats
 from ._room import capturing, names_of, warn
 
 STATE_ENTRIES, ROW = 16, 8
@@ -58,22 +58,30 @@ class Names:
         self.names = names
 
 
+def members(optimizer):
+    """[(parameters, names)], one entry a group."""
+    if torch.compiler.is_compiling():
+        # A graph must not ask for param_groups: torch 2.11 then makes constants of the parameters, for which a traced backward() does nothing.
+        return [(room.params, room.names) for room in optimizer._rooms]
+    return [(group["params"], names_of(group, index)) for index, group in enumerate(optimizer.param_groups)]
+
+
 def gradients(optimizer):
     """{device: (names, dense gradients or values of sparse ones)} of the parameters that have one."""
     devices = {}
-    for index, group in enumerate(optimizer.param_groups):
-        for param, name in zip(group["params"], names_of(group, index)):
+    for params, names in members(optimizer):
+        for param, name in zip(params, names):
             grad = param.grad
             if grad is not None:
-                names, grads = devices.setdefault(grad.device, ([], []))
-                names.append(name)
+                found, grads = devices.setdefault(grad.device, ([], []))
+                found.append(name)
                 grads.append(grad._values() if grad.is_sparse else grad)
     return devices
 
 
 def stats_of(optimizer):
     """grad_stats of any optimizer's gradients as (names, table, None), one entry a device."""
-    return [(Names(names), H.grad_stats(grads, []), None) for names, grads in gradients(optimizer).values()]
+    return [(Names(names), grad_stats(grads), None) for names, grads in gradients(optimizer).values()]
 
 
 def send(numbers, free=()):
@@ -91,8 +99,8 @@ def send(numbers, free=()):
 class Update:
     """One update's numbers, on their way or arrived."""
 
-    def __init__(self, updates, floor, steps, host, event, tables):
-        self.updates, self.floor, self.host, self.event = updates, floor, host, event
+    def __init__(self, floor, steps, host, event, tables):
+        self.floor, self.host, self.event = floor, host, event
         self.names = [names for entries, _ in steps for names, _ in entries]
         self.step_of = [i for i, (entries, _) in enumerate(steps) for _ in entries]
         self.sizes = [table.shape[0] for entries, _ in steps for _, table in entries]
@@ -125,24 +133,26 @@ class History:
     """The numbers of the last updates on their way to the host, and what is to be said when they arrive."""
 
     def __init__(self):
-        self.updates, self.steps, self._before = 0, [], 0
+        self.offset, self.steps = 0, []  # updates in all, less those that the state counts
         self.loss = self.judged = None  # sums of losses: scaled since the last update, and before it
         self.floor = 0.0  # the lowest scale that the policy allows
         self.recorder = self.last = None  # halfstep.trace's, and for it the newest numbers where they are
         self._pending, self._newest, self._flushed, self._free, self._captured = [], None, None, [], None
+        self._compiled, self._late = [], False  # optimizers that a compiled graph stepped; whether one updated the scale
         self._optimizers = weakref.WeakSet()
         self._zero_steps, self._told_flush, self._diagnosis = 0, False, None
 
     def __getstate__(self):
-        return {"updates": self.updates}
+        return {"offset": self.offset}
 
     def __setstate__(self, state):
         self.__init__()
-        self.updates = self._before = state["updates"]
+        self.offset = state["offset"]
 
     def forget(self):
         """Another state was loaded: what is under way describes updates before it."""
-        self._pending, self._newest, self._zero_steps, self._diagnosis, self._captured, self._before = [], None, 0, None, None, self.updates
+        self._pending, self._newest, self._zero_steps, self._diagnosis, self._captured = [], None, 0, None, None
+        self._compiled, self._late = [], False
         if self.recorder is not None:
             self.recorder.restart()
 
@@ -158,17 +168,35 @@ class History:
         loss = loss.detach()
         self.loss.add_((loss if loss.dim() == 0 else loss.sum()).to(self.loss.device, non_blocking=True))
 
+    def begin(self, state):
+        """The first step after an update; what is known of the one before is no longer asked for."""
+        if not torch.compiler.is_compiling():
+            self.catch_up(state)
+        self.steps, self._compiled = [], []
+
     def stepped(self, optimizer, stats, control):
-        self._optimizers.add(optimizer)
+        if torch.compiler.is_compiling():
+            self._compiled = [*self._compiled, optimizer]
+        else:
+            self._optimizers.add(optimizer)
         self.steps.append(([(holder.names, table) for holder, table, _ in stats], control))
 
     def flushed(self, count):
         self._flushed = count if self._flushed is None else self._flushed + count.to(self._flushed.device, non_blocking=True)
 
     def updated(self, state):
-        """Queues one copy of this update's numbers to the host; nothing waits for it."""
-        self.updates += 1
-        device = state.device
+        """Queues one copy of this update's numbers to the host; nothing waits for it.
+
+        A graph that torch.compile made keeps the tables only: catch_up() queues the copy, once the host asks.
+        """
+        if torch.compiler.is_compiling():
+            self._late = True
+            return
+        for optimizer in self._compiled:
+            self._optimizers.add(optimizer)
+            optimizer.report_overflow()
+        self._compiled, self._late = [], False
+        state, device = state[:STATE_ENTRIES], state.device
         there = lambda t: t.to(device, torch.float64, non_blocking=True).reshape(-1)
         zero = torch.zeros(1, dtype=torch.float64, device=device)
         controls = [there(control) for _, control in self.steps]
@@ -186,13 +214,18 @@ class History:
             self._captured = (numbers, self.steps, self.floor)  # each replay fills the same tensor; stats() fetches it
             return
         self._captured = None
-        self._pending.append(Update(self.updates, self.floor, self.steps, *send(numbers, self._free), host_tables))
+        self._pending.append(Update(self.floor, self.steps, *send(numbers, self._free), host_tables))
         self.arrive()
 
     def close(self):
         """The losses scaled so far are those of the update that begins."""
         self.judged.copy_(self.loss)
         self.loss.zero_()
+
+    def catch_up(self, state):
+        """Queues the numbers of the newest update where a compiled graph made it."""
+        if self._late:
+            self.updated(state)
 
     def arrive(self):
         """Takes in what has arrived, in order."""
@@ -207,7 +240,7 @@ class History:
         """Numbers that a captured graph leaves on the device are sent for when somebody asks; the next question finds them."""
         if self._captured is not None and not self._pending and not capturing():
             numbers, steps, floor = self._captured
-            self._pending.append(Update(None, floor, steps, *send(numbers, self._free), None))
+            self._pending.append(Update(floor, steps, *send(numbers, self._free), None))
         self.arrive()
 
     def _watch(self, numbers, totals):
@@ -230,12 +263,11 @@ class History:
         self._fetch()
         if self._newest is None:
             s = [0.0] * STATE_ENTRIES if loaded is None else loaded.tolist()
-            return ScalerStats(self._before, scale, int(s[CLEAN]), int(s[APPLIED]), int(s[SKIPPED]), int(s[CONSECUTIVE]), bool(s[LAST_BAD]), None, float("nan"), 0.0, 0.0, 0.0, 0)
+            return ScalerStats(self.offset + int(s[APPLIED] + s[SKIPPED]), scale, int(s[CLEAN]), int(s[APPLIED]), int(s[SKIPPED]), int(s[CONSECUTIVE]), bool(s[LAST_BAD]), None, float("nan"), 0.0, 0.0, 0.0, 0)
         s, rows = self._newest.numbers()
-        updates = self._newest.updates
         elements, zeros = sum(r[_COUNT] for r in rows), sum(r[_ZEROS] for r in rows)
         return ScalerStats(
-            step=int(s[APPLIED] + s[SKIPPED]) if updates is None else updates, scale=s[SCALE], clean_steps=int(s[CLEAN]), steps_applied=int(s[APPLIED]), steps_skipped=int(s[SKIPPED]),
+            step=self.offset + int(s[APPLIED] + s[SKIPPED]), scale=s[SCALE], clean_steps=int(s[CLEAN]), steps_applied=int(s[APPLIED]), steps_skipped=int(s[SKIPPED]),
             consecutive_skips=int(s[CONSECUTIVE]), last_found_inf=bool(s[LAST_BAD]), first_bad_param=self._first_bad(rows), grad_norm=s[_NORM],
             amax=_largest(r[_AMAX] for r in rows), zero_share=zeros / elements if elements else 0.0,
             subnormal_share=sum(r[_SUBNORMALS] for r in rows) / (elements - zeros) if elements > zeros else 0.0,

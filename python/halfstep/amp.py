@@ -2,13 +2,15 @@
 
 import inspect
 import warnings
+from collections import defaultdict
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import OptState
 
 from . import checkpoint, optim, policies
-from ._library import H
-from ._stats import SCALE, STATE_ENTRIES, TRACKER, History, ScalerStats, gradients, stats_of
+from ._library import H, fence, grad_stats
+from ._stats import APPLIED, SCALE, SKIPPED, TRACKER, History, ScalerStats, gradients, members, stats_of
 
 _SIXTEEN = (torch.float16, torch.bfloat16)
 
@@ -20,6 +22,26 @@ def autocast(device_type, dtype=torch.float16, enabled=True):
 
 def _ours(optimizer):
     return isinstance(optimizer, (optim.Optimizer, optim.Masters))
+
+
+@_disable_dynamo
+def _outside_the_graph(method, *args, **kwargs):
+    """What reads device memory on the host: torch.compile breaks its graph here, or refuses with fullgraph=True."""
+    return method(*args, **kwargs)
+
+
+def _traceable(optimizer):
+    """Ours, with gradients in the dtype of their weights: torch 2.11 traces no parameter that may have another."""
+    return isinstance(optimizer, optim.Optimizer) and not optimizer._turn.widened and not any(room.group["grad_dtype"] == "fp32" for room in optimizer._rooms)
+
+
+def _needs_the_host(*optimizers):
+    return torch.compiler.is_compiling() and not all(_traceable(o) for o in optimizers)
+
+
+def _ready():
+    """What is known of an optimizer before it is unscaled or stepped: torch's, in a form that torch.compile traces."""
+    return {"stage": OptState.READY, "found_inf_per_device": {}}
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -45,6 +67,7 @@ class GradScaler(torch.amp.GradScaler):
         dynamic = policy if isinstance(policy, policies.Dynamic) else policies.Dynamic()
         super().__init__("cpu", init_scale=policy.init_scale, growth_factor=dynamic.growth_factor, backoff_factor=dynamic.backoff_factor,
                          growth_interval=dynamic.growth_interval, enabled=enabled)
+        self._per_optimizer_states = defaultdict(_ready)
         self._device = None if device is None else torch.device(device).type
         self._policy_vector = self._state = None
         self._loaded_state = self._loaded_user = None
@@ -61,11 +84,9 @@ class GradScaler(torch.amp.GradScaler):
 
     @property
     def _updates(self):
-        return self._history.updates
-
-    @_updates.setter
-    def _updates(self, value):
-        self._history.updates = value
+        """Updates in all; reads device memory."""
+        state = self._loaded_state if self._state is None else self._state
+        return self._history.offset + (0 if state is None else int(state[APPLIED] + state[SKIPPED]))
 
     # -- state on the device -----------------------------------------------------------------------
     def _lazy_init_scale_growth_tracker(self, dev):
@@ -80,6 +101,12 @@ class GradScaler(torch.amp.GradScaler):
         self._growth_tracker = self._state[TRACKER]
         self._history.start(dev)
         self._user = policies.make_state(self._rule, dev, self._loaded_user)
+
+    def _check_scale_growth_tracker(self, funcname):
+        """torch's hook, which its own methods call too; torch.compile does not trace torch's."""
+        if self._scale is None:
+            raise AssertionError(f"Attempted {funcname} but _scale is None. scale() was not called, or by another scaler.")
+        return self._scale, self._growth_tracker
 
     @property
     def policy(self):
@@ -117,13 +144,23 @@ class GradScaler(torch.amp.GradScaler):
         """Divides the gradients by the scale once. FP16 and BF16 gradients of halfstep optimizers become FP32."""
         if not self._enabled:
             return
+        if _needs_the_host(optimizer) or torch.compiler.is_compiling() and any(p.dtype in _SIXTEEN for params, _ in members(optimizer) for p in params):
+            return _outside_the_graph(GradScaler.unscale_, self, optimizer)  # 16-bit gradients change their dtype, which is not traced
+        self._check_scale_growth_tracker("unscale_")
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is OptState.UNSCALED:
+            raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
+        if state["stage"] is OptState.STEPPED:
+            raise RuntimeError("unscale_() is being called after step().")
         self._begin()
         self._record(optimizer)
-        super().unscale_(optimizer)
+        inverse = self._scale.double().reciprocal().float()  # of a double, as torch's
+        state["found_inf_per_device"] = self._unscale_grads_(optimizer, inverse, torch.zeros_like(inverse), False)
+        state["stage"] = OptState.UNSCALED
 
     @torch.no_grad()
     def _unscale_grads_(self, optimizer, inv_scale, found_inf, allow_fp16):
-        grads = [(param, param.grad) for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        grads = [(param, param.grad) for params, _ in members(optimizer) for param in params if param.grad is not None]
         self._look(lambda: [table for _, table, _ in stats_of(optimizer)])
         for _, grad in grads:
             if grad.is_complex():
@@ -145,13 +182,14 @@ class GradScaler(torch.amp.GradScaler):
         """In place, or for the pairs of `widened` into an FP32 gradient of the parameter. Returns the flag of what was found."""
         flag = torch.zeros((), device=inverse.device)
         half = [grad for grad in in_place if grad.dtype == torch.float16]
-        zeros = H.grad_stats(half, [])[-1, 3] if half else None
+        zeros = grad_stats(half)[-1, 3] if half else None
         if in_place:
+            fence(in_place)
             H.unscale_(in_place, inverse, flag, [])
             if not torch.compiler.is_compiling():
                 torch.autograd.graph.increment_version(in_place)  # whoever looked at the gradients before must know
         if half:
-            self._history.flushed(H.grad_stats(half, [])[-1, 3] - zeros)
+            self._history.flushed(grad_stats(half)[-1, 3] - zeros)
         if widened:
             outputs = [torch.empty_like(grad, dtype=torch.float32) for _, grad in widened]
             H.unscale_to_(outputs, [grad for _, grad in widened], inverse, flag, [])
@@ -159,14 +197,14 @@ class GradScaler(torch.amp.GradScaler):
                 param.grad = None
                 if param.grad_dtype != torch.float32:
                     param.grad_dtype = torch.float32
-                    optimizer._widened.append(param)
+                    optimizer._turn.widened.append(param)
                 param.grad = output
         return flag
 
     @torch.no_grad()
     def _check_inf_per_device(self, optimizer):
         """torch's hook for optimizers that unscale themselves; it only reads."""
-        flags = {device: H.grad_stats(grads, [])[-1, 7].float() for device, (_, grads) in gradients(optimizer).items()}
+        flags = {device: grad_stats(grads)[-1, 7].float() for device, (_, grads) in gradients(optimizer).items()}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = flags
         return flags
 
@@ -174,7 +212,8 @@ class GradScaler(torch.amp.GradScaler):
     def _begin(self):
         """First call after an update: what was known of the last step is no longer asked for."""
         if self._fresh:
-            self._found, self._history.steps, self._tables, self._fresh = {}, [], [], False
+            self._history.begin(self._state)
+            self._found, self._tables, self._fresh = {}, [], False
             if self._history.recorder is not None and self._scale is not None:
                 self._history.recorder.begin()
 
@@ -191,6 +230,8 @@ class GradScaler(torch.amp.GradScaler):
         before the check. An optimizer that evaluates it again (LBFGS) sees unscaled gradients each time; one that is not
         finite then takes the whole step back.
         """
+        if _needs_the_host(optimizer):
+            return _outside_the_graph(GradScaler.step, self, optimizer, closure, *args, **kwargs)
         if not self._enabled:
             return optimizer.step(*([] if closure is None else [closure]), *args, **kwargs)
         state = self._per_optimizer_states[id(optimizer)]
@@ -214,7 +255,8 @@ class GradScaler(torch.amp.GradScaler):
             result = self._step_stock(optimizer, state, loss, closure, args, kwargs)
             loss = result if loss is None else loss
         state["stage"] = OptState.STEPPED
-        torch.clear_autocast_cache()
+        if not torch.compiler.is_compiling():
+            torch.clear_autocast_cache()
         return loss
 
     def _look(self, tables):
@@ -236,13 +278,16 @@ class GradScaler(torch.amp.GradScaler):
         if not unscaled:
             self._look(lambda: [table for _, table, _ in stats])
         scale = self._scale_for(optimizer, unscaled)
-        optimizer._control = None
-        optimizer._handed = (scale, found, stats) if isinstance(optimizer, optim.Optimizer) else (scale, found, stats, loss, closure)
+        optimizer._turn.control = None
+        optimizer._turn.handed = (scale, found, stats) if isinstance(optimizer, optim.Optimizer) else (scale, found, stats, loss, closure)
         try:
-            optimizer.step()  # the public one: hooks, schedulers and wrappers see it
+            if torch.compiler.is_compiling():
+                type(optimizer).step(optimizer)  # hooks see it; what a scheduler puts in front of step() is not traced
+            else:
+                optimizer.step()  # the public one: hooks, schedulers and wrappers see it
         finally:
-            optimizer._handed = None
-        control = optimizer._control
+            optimizer._turn.handed = None
+        control = optimizer._turn.control
         if control is None:  # a wrapper of step() did not call it
             control = optimizer._make_control(scale, found, None, [table for _, table, _ in stats])
         state["found_inf_per_device"] = {control.device: control[0].float()}
@@ -341,6 +386,8 @@ class GradScaler(torch.amp.GradScaler):
         written. Gradients of other optimizers are unscaled and multiplied in place.
         """
         optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+        if _needs_the_host(*optimizers):
+            return _outside_the_graph(GradScaler.clip_grad_norm_, self, optimizers, max_norm, norm_type)
         if not max_norm >= 0:
             raise ValueError(f"clip_grad_norm_: max_norm is {max_norm}; expected a number >= 0")
         norms = [norm for optimizer in optimizers for norm in self._norms(optimizer, float(norm_type))]
@@ -350,8 +397,8 @@ class GradScaler(torch.amp.GradScaler):
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for optimizer in optimizers:
             if _ours(optimizer):
-                pending = optimizer._pending_clip
-                optimizer._pending_clip = factor if pending is None else pending.to(factor.device) * factor
+                pending = optimizer._turn.clip
+                optimizer._turn.clip = factor if pending is None else pending.to(factor.device) * factor
                 self._clipped.append(optimizer)
             else:
                 for _, grads in gradients(optimizer).values():
@@ -370,13 +417,13 @@ class GradScaler(torch.amp.GradScaler):
         norms = []
         for device, (_, grads) in gradients(optimizer).items():
             if norm_type == 2.0:
-                norm = H.grad_stats(grads, [])[-1, 1].sqrt()
+                norm = grad_stats(grads)[-1, 1].sqrt()
             else:
                 norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.double(), norm_type) for g in grads]), norm_type)
             if stage is OptState.READY:
                 norm = norm / self._scale.to(device, torch.float64)
-            if _ours(optimizer) and optimizer._pending_clip is not None:
-                norm = norm * optimizer._pending_clip.to(device)
+            if _ours(optimizer) and optimizer._turn.clip is not None:
+                norm = norm * optimizer._turn.clip.to(device)
             norms.append(norm)
         return norms
 
@@ -399,9 +446,10 @@ class GradScaler(torch.amp.GradScaler):
         else:
             flags = [f for s in self._per_optimizer_states.values() for f in s["found_inf_per_device"].values()]
             assert len(flags) > 0, "No inf checks were recorded prior to update."
+            fence([self._scale])
             policies.advance(self._rule, self._policy_vector, self._scale, self._state, self._user, self._combine(flags, self._scale.device), self._tables)
             self._history.floor = max(getattr(self._rule, "min_scale", 0.0), policies.LOWEST_SCALE)
-            self._history.updated(self._state[:STATE_ENTRIES])
+            self._history.updated(self._state)
         if self._history.recorder is not None:
             self._history.recorder.updated(by_hand=new_scale is not None)
         self._per_optimizer_states.clear()
@@ -427,7 +475,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _forget_clips(self):
         for optimizer in self._clipped:
-            optimizer._pending_clip = None
+            optimizer._turn.clip = None
         self._clipped.clear()
 
     # -- what is known -----------------------------------------------------------------------------
@@ -435,6 +483,8 @@ class GradScaler(torch.amp.GradScaler):
         """ScalerStats of the newest update that the device has finished; never waits."""
         if not self._enabled:
             return self._history.read(None, 1.0)
+        if self._fresh:
+            self._history.catch_up(self._state)
         scale = self._init_scale if self._scale is None or self._scale.device.type == "cuda" else float(self._scale)
         return self._history.read(self._loaded_state, scale)
 
@@ -490,8 +540,9 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return
         state_dict = policies.import_state(state_dict, self._rule, format)
+        before = self._updates
         self._rule, numbers, updates, self._loaded_user = checkpoint.read_scaler_state(state_dict, self._rule)
-        self._updates = self._updates if updates is None else updates
+        self._history.offset = (before if updates is None else updates) - int(numbers[APPLIED] + numbers[SKIPPED])
         self._init_scale, self._init_growth_tracker = numbers[SCALE], int(numbers[TRACKER])
         self._growth_factor, self._backoff_factor = float(state_dict["growth_factor"]), float(state_dict["backoff_factor"])
         self._growth_interval = int(state_dict["growth_interval"])

@@ -7,9 +7,9 @@ import torch
 
 from . import checkpoint
 from ._backward import BackwardStats
-from ._library import H
+from ._library import H, fence
 from ._modes import describe, mode
-from ._room import LIMIT, MASTERS, SIXTEEN, Room, capturing, check_fits, check_parameter, dtype_name, master_dtype, names_of, own, take_exact, warn_edited, warn_overflow
+from ._room import LIMIT, MASTERS, SIXTEEN, Room, Turn, capturing, check_fits, check_parameter, dtype_name, master_dtype, names_of, own, take_exact, warn_edited, warn_overflow
 
 from ._stats import Names
 
@@ -57,11 +57,11 @@ def _check_lr(lr):
 
 def narrow(optimizer):
     """Parameters whose gradient unscale_ made FP32 get the next one in their own dtype again."""
-    for param in optimizer._widened:
+    for param in optimizer._turn.widened:
         grad, param.grad = param.grad, None
         param.grad_dtype = param.dtype
         param.grad = None if grad is None else grad.to(param.dtype)
-    optimizer._widened = []
+    optimizer._turn.widened = []
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -74,8 +74,7 @@ class Optimizer(torch.optim.Optimizer):
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; expected a number >= 0 or None")
         self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
-        self._rooms, self._control = [], None
-        self._handed, self._pending_clip, self._skipped, self._widened = None, None, None, []
+        self._rooms, self._turn, self._skipped = [], Turn(), None
         self._check_options(defaults)
         groups, owned = _groups(params), {}
         for index, group in enumerate(groups):
@@ -84,6 +83,7 @@ class Optimizer(torch.optim.Optimizer):
         self._checked = True
         super().__init__(groups, defaults)
         self._checked = False
+        self._skipped = torch.zeros(1, dtype=torch.float64, device=self._rooms[0].steps.device)  # not 0-d: see Room.device_lr
 
     def _check_options(self, options):
         """Refuses an option by name and value; subclasses add theirs."""
@@ -123,8 +123,8 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._handed is not None:  # by our scaler, which calls step() so that hooks and wrappers of it run
-            handed, self._handed = self._handed, None
+        if self._turn.handed is not None:  # by our scaler, which calls step() so that hooks and wrappers of it run
+            handed, self._turn.handed = self._turn.handed, None
             self._step_with(*handed)
         else:
             # torch.amp.GradScaler leaves these two here for optimizers with _step_supports_amp_scaling.
@@ -132,11 +132,32 @@ class Optimizer(torch.optim.Optimizer):
             self._step_with(None if scale is None else scale.reshape(()).float(), None if found_inf is None else found_inf.reshape(()).float())
         return loss
 
+    @property
+    def _opt_called(self):
+        """What torch's schedulers ask, to see that step() came first; a compiled step cannot leave it here."""
+        return self.__dict__.get("_opt_called", False) or any(room.versions is None for room in self._rooms)
+
+    @_opt_called.setter
+    def _opt_called(self, value):
+        self.__dict__["_opt_called"] = value
+
     def zero_grad(self, set_to_none=True):
         """torch's; and gradients that unscale_ made FP32 come back in the parameter's dtype."""
-        super().zero_grad(set_to_none)
-        self._pending_clip = None
+        if torch.compiler.is_compiling():
+            self._zero_grad_compiled(set_to_none)
+        else:
+            super().zero_grad(set_to_none)
+        self._turn.clip = None
         narrow(self)
+
+    def _zero_grad_compiled(self, set_to_none):
+        """torch's without its profiler, which torch.compile does not trace."""
+        for room in self._rooms:
+            for param in room.params:
+                if set_to_none:
+                    param.grad = None
+                elif param.grad is not None:
+                    param.grad.zero_()
 
     def __getstate__(self):
         own = ("max_grad_norm", "skip_nonfinite", "_rooms", "_skipped")
@@ -144,7 +165,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._handed, self._pending_clip, self._widened, self._control, self._checked = None, None, [], None, False
+        self._turn, self._checked = Turn(), False
         for room in self._rooms:
             room.publish(self.state)
 
@@ -187,9 +208,11 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _step_with(self, scale=None, found_inf=None, stats=None):
-        clip, self._pending_clip = self._pending_clip, None
+        clip, self._turn.clip = self._turn.clip, None
         compiling = torch.compiler.is_compiling()
-        if not compiling:
+        if compiling:
+            self._follow_edits_compiled()
+        else:
             self._follow_edits()
         judged = scale is not None or found_inf is not None
         needs_stats = judged or self.max_grad_norm is not None or self.skip_nonfinite
@@ -207,13 +230,14 @@ class Optimizer(torch.optim.Optimizer):
             control[0] = 0.0
         rates = [room.device_lr() for room, _ in work]
         for (room, grads), lr in zip(work, rates):
+            fence(room.params)
             self._apply(room, grads, lr, None if control is None else control.to(room.steps.device, non_blocking=True))
+        self._turn.control = control
+        self._count_skip(judged, control)
+        for room, grads in work:
+            room.stepped(grads)
         if not compiling:
-            self._control = control
-            for room, grads in work:
-                room.stepped(grads)
             torch.clear_autocast_cache()
-            self._count_skip(judged)
             self.report_overflow()
 
     def _make_control(self, scale, found_inf, clip, stats):
@@ -223,14 +247,14 @@ class Optimizer(torch.optim.Optimizer):
         to = lambda t: None if t is None else t.to(inputs[0].device, non_blocking=True)
         return H.step_control([to(s) for s in stats], to(scale), to(found_inf), to(clip), -1.0 if self.max_grad_norm is None else float(self.max_grad_norm))
 
-    def _count_skip(self, judged):
-        if self._control is not None and not judged:
-            self._skipped = self._control[0].clone() if self._skipped is None else self._skipped.add_(self._control[0].to(self._skipped.device, non_blocking=True))
+    def _count_skip(self, judged, control):
+        if control is not None and not judged:
+            self._skipped.add_(control[:1].to(self._skipped.device, non_blocking=True))
 
     @property
     def steps_skipped(self):
         """Steps without a scaler that a non-finite gradient skipped. Reads device memory."""
-        return 0 if self._skipped is None else int(self._skipped)
+        return int(self._skipped)
 
     def report_overflow(self, wait=False):
         """Warns of weights that were kept from leaving the 16-bit range. A GPU is read only with `wait`."""
@@ -256,6 +280,11 @@ class Optimizer(torch.optim.Optimizer):
                     room.publish(self.state)
         if names and report:
             warn_edited(names)
+
+    def _follow_edits_compiled(self):
+        """A graph cannot ask for versions: masters that do not round to their weights are looked for in each step."""
+        for room in self._rooms:
+            room.follow_compiled()
 
     # -- masters ---------------------------------------------------------------------------------
     @torch.no_grad()
@@ -470,7 +499,7 @@ class Masters(torch.optim.Optimizer):
             raise ValueError(f"master is {master!r}; expected 'fp32' or 'fp64'")
         self._dtype = torch.float32 if master == "fp32" else torch.float64
         self.inner, self._pairs, self._names, self._synced = None, [], [], []
-        self._control, self._handed, self._pending_clip, self._widened = None, None, None, []
+        self._turn = Turn()
         self._rooms, self.steps_skipped, self._steps = [], 0, 0
         groups, owned = _groups(params), {}
         for index, group in enumerate(groups):
@@ -530,7 +559,7 @@ class Masters(torch.optim.Optimizer):
     def zero_grad(self, set_to_none=True):
         """torch's; and gradients that unscale_ made FP32 come back in the parameter's dtype."""
         super().zero_grad(set_to_none)
-        self._pending_clip = None
+        self._turn.clip = None
         narrow(self)
 
     # -- what changed since the last step ----------------------------------------------------------
@@ -581,13 +610,13 @@ class Masters(torch.optim.Optimizer):
                 grads, names = devices.setdefault(grad.device, ([], []))
                 grads.append(grad.coalesce()._values() if grad.is_sparse else grad)
                 names.append(name)
-        return [(Names(names), H.grad_stats(grads, []), None) for grads, names in devices.values()]
+        return [(Names(names), grad_stats(grads), None) for grads, names in devices.values()]
 
     @torch.no_grad()
     def step(self, closure=None):
         """One update. Returns the closure's loss, or None."""
-        if self._handed is not None:  # by our scaler, which has evaluated the closure once
-            handed, self._handed = self._handed, None
+        if self._turn.handed is not None:  # by our scaler, which has evaluated the closure once
+            handed, self._turn.handed = self._turn.handed, None
             self._step_with(*handed)
             return None
         loss = None
@@ -600,13 +629,13 @@ class Masters(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _step_with(self, scale=None, found_inf=None, stats=None, loss=None, closure=None):
-        clip, self._pending_clip = self._pending_clip, None
+        clip, self._turn.clip = self._turn.clip, None
         self._follow_edits()
         stats = self._gather_stats() if stats is None else stats
         if not stats:
             return
-        self._control = self._make_control(scale, found_inf, clip, [table for _, table, _ in stats])
-        bad, factor, _, clipped = self._control.tolist()
+        self._turn.control = self._make_control(scale, found_inf, clip, [table for _, table, _ in stats])
+        bad, factor, _, clipped = self._turn.control.tolist()
         if bad:
             self.steps_skipped += scale is None and found_inf is None
             return
@@ -621,7 +650,7 @@ class Masters(torch.optim.Optimizer):
             if before is None:
                 raise RuntimeError(f"{type(self.inner).__name__} evaluated its closure again and the gradients were not finite") from None
             before.restore()
-            self._control[0] = 1.0
+            self._turn.control[0] = 1.0
         finally:
             for _, master in self._pairs:
                 master.grad = None

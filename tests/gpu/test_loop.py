@@ -64,6 +64,31 @@ def test_a_captured_step_replays_with_changed_contents(device):
         assert float(scaler.scale_tensor) == float(twin_scaler.scale_tensor), replay
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_step_equals_eager_steps(device, mode):
+    """20 compiled steps, or replays of the CUDA graph that inductor made of them, with found_inf toggled between them."""
+    twin_params, twin, twin_scaler = make(device)
+    params, opt, scaler = make(device)
+
+    @torch.compile(fullgraph=True, mode=mode)
+    def tail():
+        scaler.step(opt)
+        scaler.update()
+
+    for replay in range(20):
+        for p, q in zip(params, twin_params):
+            grad = torch.randn_like(p)
+            if replay % 3 == 1:
+                grad[0] = float("inf")
+            p.grad.copy_(grad), q.grad.copy_(grad)
+        tail()
+        twin_scaler.step(twin), twin_scaler.update()
+        for p, q in zip(params, twin_params):
+            assert torch.equal(p, q), replay
+        assert float(scaler.scale_tensor) == float(twin_scaler.scale_tensor), replay
+        assert scaler.step_was_skipped(opt) == (replay % 3 == 1)
+
+
 @pytest.mark.needs_gpu
 def test_on_a_side_stream(device):
     params, opt, scaler = make(device)

@@ -133,6 +133,22 @@ def captured(change, lr):
     return provoke
 
 
+def unfrozen_in_a_graph(monkeypatch):
+    p = half().requires_grad_(False)
+    opt = hs.optim.SGD([("w", p)], lr=0.1)
+    given(p.requires_grad_(), 1.0, 1.0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    opt.step()
+
+
+def captured_after_compiled_steps(monkeypatch):
+    p = given(half(), 1.0, 1.0)
+    opt = hs.optim.SGD([("w", p)], lr=torch.tensor(0.1))
+    torch.compile(lambda: opt.step(), backend="aot_eager", fullgraph=True)()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    opt.step()
+
+
 def other_weights():
     state = hs.optim.SGD([("w", half())], lr=0.1).state_dict()
     hs.optim.SGD([("w", half(3.0, 4.0))], lr=0.1).load_state_dict(state)
@@ -194,6 +210,8 @@ PROVOKE = {
     "broken file": broken_file,
     "another torch": other_torch,
     "not built": missing_library,
+    "unfrozen in a compiled step": unfrozen_in_a_graph,
+    "captured after compiled steps": captured_after_compiled_steps,
 }
 
 

@@ -57,6 +57,15 @@ def samples_grad_histogram():
         yield ([torch.randn(5).to(dtype)], None), {}
 
 
+def samples_grad_stats_of():
+    for (grads, _), kwargs in samples_grad_stats():
+        yield (grads,), kwargs
+
+
+def samples_fence_():
+    yield ([torch.randn(5), torch.zeros(0), torch.randn(2, 3).half()],), {}
+
+
 def samples_unscale_():
     for dtype in FLOATS:
         yield ([torch.randn(5).to(dtype), torch.zeros(0, dtype=dtype)], torch.tensor(0.5), torch.zeros(()), []), {}
