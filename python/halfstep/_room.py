@@ -11,7 +11,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ._library import H, grad_stats
 
 SIXTEEN = (torch.float16, torch.bfloat16)
-MASTERS = ("auto", "fp32", "fp64", "split16", "none")
+MASTERS = ("auto", "fp32", "fp64", "split16", "split8", "kahan", "stochastic", "none")
+STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+UNSIGNED = ("exp_avg_sq", "max_exp_avg_sq", "sum")  # second moments: never negative, as int8 states uint8 codes of their roots
+BLOCK = 128  # elements under one scale of an int8 state (csrc/math/states.h)
+_LOWEST = -126  # the scale of a block of zeros
 _ROW = 128  # bytes that hold one row of a table (cuda/kernels.h)
 LIMIT = {torch.float16: 65520.0, torch.bfloat16: 3.3961775292304957e38}
 
@@ -57,13 +61,18 @@ def master_dtype(mode, param):
     """Dtype of the tensor that keeps `param` exact, or None; `mode` as the optimizer's `master`."""
     if mode == "auto":
         mode = "split16" if param.dtype in SIXTEEN else "none"
-    if mode == "none" or param.dtype == torch.float64:
+    if mode in ("none", "stochastic") or param.dtype == torch.float64:
         return None
     if mode == "fp64":
         return torch.float64
     if param.dtype == torch.float32:
         return None
-    return torch.int16 if mode == "split16" else torch.float32
+    return {"split16": torch.int16, "split8": torch.int8, "kahan": param.dtype, "fp32": torch.float32}[mode]
+
+
+def is_remainder(master, param):
+    """Whether `master` holds what is left of the exact weight beside the weight itself (split16, split8, kahan)."""
+    return master.numel() > 0 and master.dtype in (torch.int16, torch.int8, param.dtype)
 
 
 def check_fits(value, param, name):
@@ -132,9 +141,10 @@ class Room:
     """Masters, states and counters of one parameter group, in the order of its parameters.
 
     A parameter that is frozen when the group is added has neither master nor states until its first gradient.
+    `tensor_states`: those of one element a parameter; `initial`: {state: value it begins at} where that is not zero.
     """
 
-    def __init__(self, group, index, state_names):
+    def __init__(self, group, index, state_names, tensor_states=(), initial=None, zero_grads=False):
         self.group, self.index = group, index
         self.params, self.names = group["params"], names_of(group, index)
         device = self.params[0].device if self.params else torch.device("cpu")
@@ -145,7 +155,11 @@ class Room:
         self.reported, self.reported_total = [0] * n, 0
         self.lr = torch.zeros((), dtype=torch.float64, device=device)
         self.lr_value = None
-        self.masters, self.states = [self._nothing()] * n, {key: [self._nothing()] * n for key in state_names}
+        self.tensor_states, self.initial, self.zero_grads = tensor_states, initial or {}, zero_grads
+        self.masters, self.states, self.scales, self.emas = [self._nothing()] * n, {}, {}, []
+        self.keep(state_names)
+        if group["ema_decay"] is not None:
+            self.emas = [self._nothing()] * n
         self.raw, self.pointers = [p.detach() for p in self.params], list(map(_data_ptr, self.params))
         self.frozen = [i for i, p in enumerate(self.params) if not p.requires_grad]
         self.present, self.tables, self.backward = None, {}, None
@@ -167,16 +181,85 @@ class Room:
             dtype = master_dtype(self.group["master"], param)
             if dtype is not None:
                 self.masters[i] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-            for states in self.states.values():
-                states[i] = torch.zeros_like(param, dtype=self.compute_dtype(i), requires_grad=False)
+            for key in self.states:
+                self.begin_state(i, key)
             exact = take_exact(param)
             values.append(param.detach() if exact is None else exact)
         if indices:
             H.write_masters_(values, [self.raw[i] for i in indices], [self.masters[i] for i in indices], torch.zeros_like(self.overflowed[: len(indices)]))
+            self.begin_emas(indices)
 
     def compute_dtype(self, i):
-        """What parameter `i` is updated in, and its states are."""
+        """What parameter `i` is updated in, and its states are where they are not held in less."""
         return torch.float64 if torch.float64 in (self.params[i].dtype, self.masters[i].dtype) else torch.float32
+
+    # -- states ------------------------------------------------------------------------------------
+    def keep(self, state_names):
+        """From here on, these states are held; those there are stay as they are."""
+        n = len(self.params)
+        self.states = {key: self.states.get(key) or [self._nothing()] * n for key in state_names}
+        coded = [key for key in state_names if key not in self.tensor_states] if self.group["states"] == "int8" else []
+        self.scales = {key: self.scales.get(key) or [torch.empty(0, dtype=torch.int8, device=self.steps.device)] * n for key in coded}
+
+    def _new_state(self, i, key):
+        """Zeros as parameter `i` holds its state `key`, and the scales of int8 ones (else None)."""
+        param, dtype = self.params[i], self.compute_dtype(i)
+        if key in self.tensor_states:
+            return torch.zeros(1, dtype=dtype, device=param.device), None
+        if dtype == torch.float32:
+            dtype = STATES[self.group["states"]]
+        if dtype != torch.int8:
+            return torch.zeros_like(param, dtype=dtype, requires_grad=False), None
+        codes = torch.zeros_like(param, dtype=torch.uint8 if key in UNSIGNED else torch.int8, requires_grad=False)
+        return codes, torch.full((-(-param.numel() // BLOCK),), _LOWEST, dtype=torch.int8, device=param.device)
+
+    def begin_state(self, i, key):
+        """State `key` of parameter `i` as before the first step."""
+        self.states[key][i], scale = self._new_state(i, key)
+        if scale is not None:
+            self.scales[key][i] = scale
+        if self.initial.get(key):
+            self.write_state(i, key, torch.full_like(self.params[i], self.initial[key], dtype=torch.float32, requires_grad=False))
+
+    def scale_of(self, i, key):
+        return self.scales[key][i] if self.states[key][i].dtype in (torch.int8, torch.uint8) else torch.empty(0, dtype=torch.int8, device=self.steps.device)
+
+    def is_narrow(self, i, key):
+        return self.states[key][i].dtype in (torch.bfloat16, torch.int8, torch.uint8)
+
+    def read_state(self, i, key):
+        """A copy, in FP32 where it is held in less."""
+        state = self.states[key][i]
+        return H.read_state(state, self.scale_of(i, key), key not in UNSIGNED) if self.is_narrow(i, key) else state.clone()
+
+    def write_state(self, i, key, value):
+        state = self.states[key][i]
+        if self.is_narrow(i, key):
+            H.write_state_(value.to(torch.float32), state, self.scale_of(i, key), key not in UNSIGNED, self.group["seed"])
+        else:
+            state.copy_(value.reshape(state.shape))
+
+    # -- running means of the exact weights --------------------------------------------------------
+    def begin_emas(self, indices):
+        """These begin at the exact weights as they are now."""
+        if self.emas and len(indices):
+            exact = H.read_masters([self.raw[i] for i in indices], [self.masters[i] for i in indices])
+            for i, value in zip(indices, exact):
+                self.emas[i] = value
+
+    def ema_params(self):
+        """Copies; of a parameter without one (frozen, or in a group without ema_decay) the exact weight."""
+        if not self.params:
+            return []
+        exact = H.read_masters(self.raw, self.masters)
+        return [self.emas[i].clone() if self.emas and self.emas[i].shape == param.shape else exact[i] for i, param in enumerate(self.params)]
+
+    def restart_emas(self, indices):
+        """An edit before a parameter's first step is its initial value: its mean begins there."""
+        indices = [i for i in indices if i not in self.frozen] if self.emas else []
+        if indices:
+            steps = self.steps.tolist()
+            self.begin_emas([i for i in indices if steps[i] == 0])
 
     def held(self, i):
         """The master of parameter `i`, or one like that which it gets when it is unfrozen."""
@@ -203,8 +286,11 @@ class Room:
             if i in self.frozen:
                 continue
             state[param] = {"step": self.steps[i], **{key: tensors[i] for key, tensors in self.states.items()}}
+            state[param].update({f"{key}_scale": scales[i] for key, scales in self.scales.items() if scales[i].numel()})
             if self.masters[i].numel():
                 state[param]["master"] = self.masters[i]
+            if self.emas:
+                state[param]["ema"] = self.emas[i]
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k not in ("raw", "versions", "pointers", "tables", "backward")}
@@ -230,7 +316,7 @@ class Room:
 
     def follow_compiled(self):
         """A graph cannot ask for versions: where masters hold values of their own, an edited weight is found by its value."""
-        if any(master.numel() and master.dtype != torch.int16 for master in self.masters):
+        if any(master.numel() and master.dtype not in (torch.int16, torch.int8) for master in self.masters):
             changed = torch.zeros_like(self.followed)
             H.refresh_masters_(self.params, self.masters, changed, False)
             self.followed.add_(changed)
@@ -256,11 +342,12 @@ class Room:
         for i, _ in swapped:
             self.raw[i] = self.params[i].detach()
             replaced |= self._settle(i)
-        split = [i for i in edited if self.masters[i].dtype == torch.int16 and self.params[i]._version != versions[i]]
+        split = [i for i in edited if is_remainder(self.masters[i], self.params[i]) and self.params[i]._version != versions[i]]
         for i, old in swapped:
             if self._rewrite(i, old):
                 split.append(i)
         names = {name for name, _, _ in self.refresh(edited)} | self._followed()
+        self.restart_emas(edited)
         self.remember()
         return [self.names[i] for i in edited if self.names[i] in names or i in split], replaced
 
@@ -288,19 +375,26 @@ class Room:
         device = param.device
         if self.steps.device != device:
             self.steps, self.overflowed, self.lr = self.steps.to(device), self.overflowed.to(device), self.lr.to(device)
-            for tensors in (self.masters, *self.states.values()):
+            for tensors in (self.masters, *self.states.values(), *self.scales.values(), self.emas):
                 tensors[:] = [t.to(device) for t in tensors]
             return True
+        moved = lambda tensor: tensor.shape == param.shape and tensor.numel() and tensor.stride() != param.stride()
         replaced = False
-        for tensors in (self.masters, *self.states.values()):
-            if tensors[i].numel() and tensors[i].stride() != param.stride():
+        for key, tensors in self.states.items():
+            if moved(tensors[i]) and key in self.scales and tensors[i].dtype in (torch.int8, torch.uint8):
+                value = self.read_state(i, key)  # its blocks follow the memory, so they are made anew
+                self.begin_state(i, key)
+                self.write_state(i, key, value)
+                replaced = True
+        for tensors in (self.masters, *self.states.values(), self.emas):
+            if tensors and moved(tensors[i]):
                 tensors[i] = torch.empty_like(param, dtype=tensors[i].dtype, requires_grad=False).copy_(tensors[i])
                 replaced = True
         return replaced
 
     def _rewrite(self, i, old):
-        """A split16 parameter got other memory: elements with another value begin anew at that value. True if there are any."""
-        if self.masters[i].dtype != torch.int16:
+        """A parameter whose master is a remainder got other memory: elements with another value begin anew at that value. True if there are any."""
+        if not is_remainder(self.masters[i], self.params[i]):
             return False
         differs = old.to(self.raw[i].device) != self.raw[i]
         self.masters[i].masked_fill_(differs, 0)
@@ -329,11 +423,14 @@ class Room:
 
     def frame(self, grads, lr, control):
         """The arguments that all step ops begin with (csrc/ops/optim.h)."""
-        states = [tensor for tensors in self.states.values() for tensor in tensors]
-        return self.weights, grads, self.masters, states, [], [], self.steps, self.overflowed, lr, control, self.table("step")
+        states = [tensor for tensors in (*self.states.values(), *self.scales.values()) for tensor in tensors]
+        zeroed = [self._nothing() if g is None else g for g in grads] if self.zero_grads else []
+        return self.weights, [] if self.zero_grads else grads, self.masters, states, self.emas, zeroed, self.steps, self.overflowed, lr, control, self.table("step")
 
     def frame_numbers(self):
-        return {"ema_decay": 0.0, "stochastic": False, "seed": 0}
+        g = self.group
+        decay = 1.0 if g["ema_decay"] is None else g["ema_decay"]
+        return {"ema_decay": decay, "stochastic": g["master"] == "stochastic", "seed": g["seed"] + (self.index << 32)}
 
     # -- what a step needs -------------------------------------------------------------------------
     def gather(self):
@@ -377,6 +474,8 @@ class Room:
             return
         self.present = [g is not None for g in grads]
         written = self.raw if False not in self.present else [p for p, there in zip(self.raw, self.present) if there]
+        if self.zero_grads:
+            written = [*written, *(g for g in grads if g is not None)]
         torch.autograd.graph.increment_version(written)
         self.versions = list(map(_version, self.params))
 

@@ -166,18 +166,27 @@ def _owned(optimizer):
     return [pair for room in optimizer._rooms for pair in zip(room.params, room.names)]
 
 
-def _exact_weights(optimizers):
-    """{id(parameter): exact value} from the optimizers' masters."""
-    return {id(p): m for optimizer in _as_list(optimizers) for (p, _), m in zip(_owned(optimizer), optimizer.master_params())}
+def _exact_weights(caller, optimizers, weights):
+    """{id(parameter): exact value} from the optimizers' masters, or their running means."""
+    if weights not in ("master", "ema"):
+        raise ValueError(f"{caller}: weights is {weights!r}; expected 'master' or 'ema'")
+    exact = {}
+    for optimizer in _as_list(optimizers):
+        owned = _owned(optimizer)
+        if weights == "ema" and isinstance(optimizer, Masters):
+            raise ValueError(f"{caller}: {type(optimizer).__name__} keeps no running mean of its weights")
+        values = optimizer.ema_params() if weights == "ema" else optimizer.master_params()
+        exact.update({id(p): value for (p, _), value in zip(owned, values)})
+    if weights == "ema" and not exact:
+        raise ValueError(f"{caller}: weights='ema' needs the optimizers that keep the running means")
+    return exact
 
 
 @contextlib.contextmanager
 def evaluate_in(model, optimizers=None, dtype=torch.float32, weights="master"):
     """Inside, `model` holds its exact weights in `dtype` (FP16, FP32 or FP64) and casts floating inputs; after it, the
-    weights are what they were, bit for bit."""
-    if weights != "master":
-        raise ValueError(f"evaluate_in: weights is {weights!r}; expected 'master'")
-    exact = _exact_weights(optimizers)
+    weights are what they were, bit for bit. weights="ema": the optimizers' running means instead."""
+    exact = _exact_weights("evaluate_in", optimizers, weights)
     tensors = [t for t in list(model.parameters()) + list(model.buffers()) if t.is_floating_point()]
     value_of = lambda t: exact.get(id(t), getattr(t, "_halfstep_exact", t.data)).detach()
     if dtype in SIXTEEN:
@@ -219,10 +228,8 @@ def evaluate_in(model, optimizers=None, dtype=torch.float32, weights="master"):
 
 @torch.no_grad()
 def export_state_dict(model, optimizers=None, dtype=torch.float32, weights="master"):
-    """model.state_dict() with the exact weights in `dtype`; floating buffers in `dtype`, the rest as it is."""
-    if weights != "master":
-        raise ValueError(f"export_state_dict: weights is {weights!r}; expected 'master'")
-    exact = _exact_weights(optimizers)
+    """model.state_dict() with the exact weights (weights="ema": their running means) in `dtype`; floating buffers in `dtype`, the rest as it is."""
+    exact = _exact_weights("export_state_dict", optimizers, weights)
     named = dict(model.named_parameters(remove_duplicate=False))
     out = {}
     for key, value in model.state_dict(keep_vars=True).items():

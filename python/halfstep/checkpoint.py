@@ -11,10 +11,12 @@ import torch
 
 from . import policies
 from ._library import H
-from ._room import check_fits
+from ._room import BLOCK, UNSIGNED, check_fits, dtype_name, is_remainder
 
-_FOREIGN = ("params", "param_names", "master", "grad_dtype", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
-_ENTRIES = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "master", "remainder", "weight_checksum"}
+_FOREIGN = ("params", "param_names", "master", "states", "grad_dtype", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
+_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
+_ENTRIES = {"step", "master", "remainder", "weight_checksum", "ema", *_STATES, *(f"{key}_scale" for key in _STATES)}
+_OURS = ("master", "states", "grad_dtype", "ema_decay", "seed", "decouple_lr", "max_lr", "decay_order")  # group options that torch does not have
 _count = itertools.count()
 
 
@@ -84,26 +86,44 @@ def optimizer_state(optimizer, packed=False):
             if i in room.frozen:  # it has neither master nor states
                 state[len(state)] = {}
                 continue
-            entry = {"step": room.steps[i].to(torch.float32), **{key: tensors[i].clone() for key, tensors in room.states.items()}}
-            if room.masters[i].numel() and packed and room.masters[i].dtype == torch.int16:
+            entry = {"step": room.steps[i].to(torch.float32)}
+            for key, tensors in room.states.items():
+                entry[key] = tensors[i].clone() if packed else room.read_state(i, key)
+                if packed and tensors[i].dtype in (torch.int8, torch.uint8):
+                    entry[f"{key}_scale"] = room.scales[key][i].clone()
+            if packed and is_remainder(room.masters[i], param):
                 entry.update(remainder=room.masters[i].clone(), weight_checksum=weight_checksum(param))
             elif room.masters[i].numel():
                 entry["master"] = exact[i]
+            if room.emas:
+                entry["ema"] = room.emas[i].clone()
             state[len(state)] = entry
     return {"format": 1, "optimizer": type(optimizer).__name__, "state": state, "param_groups": _packed_groups(optimizer.param_groups)}
 
 
 def torch_state(optimizer):
     """As torch.optim's class of the same name writes it."""
+    name = type(optimizer).__name__
+    if not hasattr(torch.optim, name):
+        raise TypeError(f"torch.optim has no {name}")
+    for i, group in enumerate(optimizer.param_groups):
+        for key, plain in (("decouple_lr", False), ("decay_order", "torch")):
+            if group.get(key, plain) != plain:
+                raise ValueError(f"torch.optim.{name} has no {key}, but group {i} has {key}={group[key]!r}")
     own = optimizer_state(optimizer)
-    state = {i: {k: v for k, v in e.items() if k != "master"} for i, e in own["state"].items() if e and float(e["step"]) > 0}
-    if "momentum" in optimizer.defaults:  # torch's SGD counts no steps
+    entries = {i: {k: v for k, v in e.items() if k not in ("master", "ema")} for i, e in own["state"].items()}
+    state = {i: e for i, e in entries.items() if e and float(e["step"]) > 0}
+    if name == "SGD":  # torch's counts no steps
         state = {i: {"momentum_buffer": e.get("momentum_buffer")} for i, e in state.items()}
-    groups = [{k: v for k, v in g.items() if k not in ("master", "grad_dtype")} for g in own["param_groups"]]
+    if name == "Adagrad":  # torch's has a sum from the start
+        params = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+        begin = lambda group, p: {"step": torch.tensor(0.0), "sum": torch.full_like(p, group["initial_accumulator_value"], dtype=torch.float32, requires_grad=False)}
+        state = {i: entries[i] or begin(*pair) for i, pair in enumerate(params)}
+    groups = [{k: v for k, v in g.items() if k not in _OURS} for g in own["param_groups"]]
     for group in groups:
         group.update(foreach=None, differentiable=False, fused=None)
         if "betas" in group:
-            group.update(capturable=False, decoupled_weight_decay=type(optimizer).__name__ == "AdamW")
+            group.update(capturable=False, decoupled_weight_decay=name == "AdamW")
     return {"state": state, "param_groups": groups}
 
 
@@ -120,6 +140,8 @@ def _kind(state_dict):
     if "betas" in groups[0] and "eps" in groups[0]:
         decoupled = groups[0].get("decoupled_weight_decay")
         return "Adam or AdamW" if decoupled is None else "AdamW" if decoupled else "Adam"
+    if "lr_decay" in groups[0] and "initial_accumulator_value" in groups[0]:
+        return "Adagrad"
     return "SGD" if "momentum" in groups[0] and "dampening" in groups[0] else f"an optimizer with {_keys(groups[0])}"
 
 
@@ -167,23 +189,38 @@ def _step(entry, name):
     return int(value)
 
 
-def _tensor(entry, key, param, name, integer=False):
-    value = entry[key]
+def _tensor(entry, key, param, name, shape=None, dtypes=None):
+    """An entry on the parameter's device: of its shape or `shape`, floating or one of `dtypes`."""
+    value, given, shape = entry[key], shape, param.shape if shape is None else shape
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"optimizer state '{key}' of '{name}' is {type(value).__name__}; expected a tensor")
-    if value.shape != param.shape:
-        raise ValueError(f"optimizer state '{key}' of '{name}' is {list(value.shape)} but the parameter is {list(param.shape)}")
-    if value.dtype != torch.int16 if integer else not value.is_floating_point():
-        raise ValueError(f"optimizer state '{key}' of '{name}' is {value.dtype}; expected {'int16' if integer else 'a floating dtype'}")
+    if tuple(value.shape) != tuple(shape) and not (tuple(shape) == (1,) and value.numel() == 1):
+        raise ValueError(f"optimizer state '{key}' of '{name}' is {list(value.shape)} but " + (f"the parameter is {list(shape)}" if given is None else f"{list(shape)} is expected"))
+    if value.dtype not in dtypes if dtypes else not value.is_floating_point():
+        raise ValueError(f"optimizer state '{key}' of '{name}' is {value.dtype}; expected {' or '.join(map(dtype_name, dtypes)) if dtypes else 'a floating dtype'}")
     return value.to(param.device)
+
+
+def _state(entry, key, param, name, tensor_state):
+    """(value in FP32 or FP64, codes or None, scales) of one state: int8 codes are read with their scales."""
+    value = entry[key]
+    if tensor_state or not isinstance(value, torch.Tensor) or value.dtype not in (torch.int8, torch.uint8):
+        return _tensor(entry, key, param, name, (1,) if tensor_state else None), None, None
+    if f"{key}_scale" not in entry:
+        raise _missing(entry, f"{key}_scale", name)
+    codes = _tensor(entry, key, param, name, dtypes=(torch.uint8 if key in UNSIGNED else torch.int8,))
+    scale = _tensor(entry, f"{key}_scale", param, name, (-(-param.numel() // BLOCK),), (torch.int8,)).contiguous()
+    if codes.numel() and not torch.ops.aten.is_non_overlapping_and_dense(codes):
+        raise ValueError(f"optimizer state '{key}' of '{name}' has strides {codes.stride()} for shape {tuple(codes.shape)}: its elements overlap or leave gaps")
+    return H.read_state(codes, scale, key not in UNSIGNED), codes, scale
 
 
 def _missing(entry, key, name):
     return ValueError(f"optimizer state of '{name}' has no '{key}' (keys: {_keys(entry)})")
 
 
-def _plan_states(entry, names, param, name, ours):
-    """(step, {key: tensor or None for zero}). Torch's SGD counts no steps: a buffer means that at least one was taken."""
+def _plan_states(entry, names, param, name, ours, tensor_states):
+    """(step, {key: what _state gives, or None for the beginning}). Torch's SGD counts no steps: a buffer means that at least one was taken."""
     counts = ours or names[:1] != ["momentum_buffer"]
     if entry and "step" not in entry and (ours or counts and names):
         raise _missing(entry, "step", name)
@@ -192,26 +229,24 @@ def _plan_states(entry, names, param, name, ours):
         present = entry.get(key) is not None
         if not present and entry and counts:
             raise _missing(entry, key, name)
-        states[key] = _tensor(entry, key, param, name) if present else None
+        states[key] = _state(entry, key, param, name, key in tensor_states) if present else None
     if not counts:
         step = max(step, 1) if states["momentum_buffer"] is not None else 0
     return step, states
 
 
-def _exact(entry, param, held, name, ours, masters):
+def _exact(entry, param, name, ours, masters):
     """The exact value that the saved master stands for, or the weight where none was saved."""
     hint = '; load the model first or pass masters="from_params"'
     if masters == "from_params" or not entry:
         return param.detach()
     if entry.get("remainder") is not None:
-        if held.dtype != torch.int16:
-            raise ValueError(f"optimizer state of '{name}' holds an int16 remainder, but its master here is {held.dtype}; save with packed=False")
-        remainder = _tensor(entry, "remainder", param, name, integer=True)
+        remainder = _tensor(entry, "remainder", param, name, dtypes=(torch.int16, torch.int8, param.dtype))
         if "weight_checksum" not in entry:
             raise _missing(entry, "weight_checksum", name)
         if entry["weight_checksum"] != weight_checksum(param):
             raise ValueError(f"optimizer state is for other weights: '{name}' differs{hint}")
-        return H.read_masters([param.detach()], [torch.empty_like(held).copy_(remainder)])[0]
+        return H.read_masters([param.detach()], [torch.empty_like(param, dtype=remainder.dtype, requires_grad=False).copy_(remainder)])[0]
     if entry.get("master") is not None:
         return _tensor(entry, "master", param, name)
     if ours:
@@ -232,32 +267,92 @@ def _plan_master(entry, param, held, name, ours, masters):
     """The new master, or None where none is held."""
     if held.numel() == 0:
         return None
-    value = _exact(entry, param, held, name, ours, masters)
+    value = _exact(entry, param, name, ours, masters)
     check_fits(value, param, name)
+    remainder = entry.get("remainder") if masters == "saved" else None
+    if remainder is not None and remainder.dtype == held.dtype:  # as it was held, to the bit
+        return torch.empty_like(held).copy_(remainder)
     rounded, fresh = torch.zeros_like(param, requires_grad=False), torch.zeros_like(held)
     H.write_masters_([value], [rounded], [fresh], torch.zeros(1, dtype=torch.int64, device=param.device))
     check_weights(rounded, param, name)
     return fresh
 
 
-def _plan_group(optimizer, room, saved, state, ours, masters):
-    """(options, [(step, states, master)]) of one parameter group; every refusal comes from here."""
+def _plan_ema(entry, param, name):
+    """The running mean, or None where it begins at the loaded weight."""
+    if entry.get("ema") is None:
+        return None
+    value = _tensor(entry, "ema", param, name)
+    check_fits(value, param, name)
+    return value
+
+
+def _plan_options(optimizer, room, saved):
+    """The hyperparameters of a saved group; how masters, states and gradients are kept stays as it is here."""
     options = {k: v for k, v in saved.items() if k not in _FOREIGN}
     for key, value in options.items():
         if key in optimizer.defaults:
             _check_option(key, value, optimizer.defaults[key], room.index)
+    if room.group["ema_decay"] is None or options.get("ema_decay") is None:  # a mean that only one side has
+        options.pop("ema_decay", None)
+    try:
+        optimizer._check_options({**room.group, **options})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer state of group {room.index}: {error}") from error
+    return options
+
+
+def _ordered(room, saved):
+    """The saved number of each parameter: by name where both sides have names, else by place."""
+    numbers, there, here = saved["params"], saved.get("param_names"), room.group.get("param_names")
+    if not there or not here or list(there) == list(here) or len(there) != len(numbers):
+        return numbers
+    by_name = dict(zip(there, numbers))
+    if set(by_name) == set(here):
+        return [by_name[name] for name in here]
+    moved = [name for name, other in zip(here, there) if name != other and name in by_name]
+    if moved:  # not one renaming of all: some kept their name at another place
+        missing = next(name for name in here if name not in by_name)
+        raise ValueError(f"optimizer state has '{moved[0]}' at another place in group {room.index}, and no '{missing}': is it of another model?")
+    return numbers
+
+
+def _plan_group(optimizer, room, saved, state, ours, masters):
+    """(options, [(step, states, master, mean)]) of one parameter group; every refusal comes from here."""
+    options = _plan_options(optimizer, room, saved)
     names = optimizer._state_names({**room.group, **options})
     plans = []
-    for i, (param, name, number) in enumerate(zip(room.params, room.names, saved["params"])):
-        held = room.held(i)
+    for i, (param, name, number) in enumerate(zip(room.params, room.names, _ordered(room, saved))):
         if ours and number not in state:
             raise ValueError(f"optimizer state has no entry {number} for '{name}'")
         entry = state.get(number, {})  # empty for a parameter that was never stepped
         unknown = sorted(set(entry) - _ENTRIES) if ours else None
         if unknown:
             raise ValueError(f"optimizer state of '{name}' has an unknown '{unknown[0]}'")
-        plans.append((*_plan_states(entry, names, param, name, ours), _plan_master(entry, param, held, name, ours, masters)))
+        plans.append((*_plan_states(entry, names, param, name, ours, room.tensor_states), _plan_master(entry, param, room.held(i), name, ours, masters),
+                      _plan_ema(entry, param, name) if room.emas else None))
     return options, plans
+
+
+def _fill(room, i, step, states, master, mean):
+    """One parameter of a checked load."""
+    room.steps[i] = step
+    for key, loaded in states.items():
+        if loaded is None or room.states[key][i].numel() == 0:
+            room.begin_state(i, key)
+        if loaded is None:
+            continue
+        value, codes, scale = loaded
+        held = room.states[key][i]
+        if codes is not None and codes.dtype == held.dtype and codes.stride() == held.stride():
+            held.copy_(codes)
+            room.scales[key][i].copy_(scale)
+        else:
+            room.write_state(i, key, value)
+    if master is not None:
+        room.masters[i].copy_(master)
+    if room.emas:
+        room.begin_emas([i]) if mean is None else room.emas[i].copy_(mean)
 
 
 @torch.no_grad()
@@ -279,20 +374,14 @@ def load_optimizer_state(optimizer, state_dict, masters="saved"):
                 room.group[key].copy_(torch.as_tensor(value))
             else:
                 room.group[key] = value.clone() if isinstance(value, torch.Tensor) else value
-        room.lr_value = None
-        room.states = {key: room.states.get(key) or [room._nothing()] * len(room.params) for key in optimizer._state_names(room.group)}
-        for i, (step, states, master) in enumerate(params):
+        room.lr_value, room.initial = None, optimizer._initial(room.group)
+        room.keep(optimizer._state_names(room.group))
+        for i, (step, states, master, mean) in enumerate(params):
             if i in room.frozen:
                 if step == 0:
                     continue
                 room.thaw([i])  # frozen here from the start, but trained there
-            room.steps[i] = step
-            for key, value in states.items():
-                if room.states[key][i].shape != room.params[i].shape:
-                    room.states[key][i] = torch.zeros_like(room.params[i], dtype=room.compute_dtype(i), requires_grad=False)
-                room.states[key][i].zero_() if value is None else room.states[key][i].copy_(value)
-            if master is not None:
-                room.masters[i].copy_(master)
+            _fill(room, i, step, states, master, mean)
         room.remember()
         room.publish(optimizer.state)
 

@@ -8,9 +8,8 @@ import torch
 from . import checkpoint
 from ._backward import BackwardStats
 from ._library import H, fence
-from ._modes import describe, mode
-from ._room import LIMIT, MASTERS, SIXTEEN, Room, Turn, capturing, check_fits, check_parameter, dtype_name, master_dtype, names_of, own, take_exact, warn_edited, warn_overflow
-
+from ._modes import describe, mode, plain_mode
+from ._room import LIMIT, MASTERS, SIXTEEN, STATES, Room, Turn, capturing, check_fits, check_parameter, dtype_name, master_dtype, names_of, own, take_exact, warn_edited, warn_overflow
 from ._stats import Names
 
 
@@ -65,15 +64,32 @@ def narrow(optimizer):
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Base of the optimizers: masters, skips, clipping, checkpoints. Subclasses give the op and its states."""
+    """Base of the optimizers: masters, skips, clipping, checkpoints. Subclasses give the op, its numbers and its states.
+
+    master: what keeps a 16-bit weight exact: "split16" (an int16 beside it), "split8" (an int8), "kahan" (its rounding
+    error in its own dtype), "fp32", "fp64"; or nothing: "stochastic" (rounded at random, the expected value is kept),
+    "none". "auto" is split16 for 16-bit parameters and none otherwise. states: "fp32", "bf16" or "int8" (blocks of 128
+    under one scale); parameters computed in FP64 keep FP64 states. grad_dtype="fp32": micro-batches are summed in FP32.
+    max_grad_norm: global-norm clip over all groups, folded into the step. ema_decay: a running mean of the exact weights,
+    ema_params(). zero_grads: the step leaves zeroed gradients behind. skip_nonfinite: without a scaler, a step with a
+    non-finite gradient changes nothing and is counted in steps_skipped. seed: of all rounding at random.
+    master, states, grad_dtype, ema_decay and seed may differ from group to group.
+    """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves unscaling and skipping to us
     _in_backward = False
+    _op = None  # the step op
+    _tensor_states = ()  # states of one element a parameter; the others have the parameter's shape
+    _norm_pass = False  # whether the rule reads every tensor once more, for its norms
 
-    def __init__(self, params, defaults, *, max_grad_norm, skip_nonfinite):
+    def __init__(self, params, defaults, *, master="auto", states="fp32", grad_dtype="param", max_grad_norm=None, ema_decay=None,
+                 zero_grads=False, skip_nonfinite=True, seed=0, foreach=None, fused=None, capturable=False, differentiable=False):
+        if differentiable:
+            raise ValueError("differentiable=True is not supported: the update is one op without a derivative")
         if max_grad_norm is not None and not max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; expected a number >= 0 or None")
-        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
+        defaults = {**defaults, "master": master, "states": states, "grad_dtype": grad_dtype, "ema_decay": ema_decay, "seed": seed}
+        self.max_grad_norm, self.skip_nonfinite, self.zero_grads = max_grad_norm, skip_nonfinite, bool(zero_grads)
         self._rooms, self._turn, self._skipped = [], Turn(), None
         self._check_options(defaults)
         groups, owned = _groups(params), {}
@@ -91,6 +107,19 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"master is {options['master']!r}; expected one of {', '.join(MASTERS)}")
         if options["grad_dtype"] not in ("param", "fp32"):
             raise ValueError(f"grad_dtype is {options['grad_dtype']!r}; expected 'param' or 'fp32'")
+        if options["states"] not in STATES:
+            raise ValueError(f"states is {options['states']!r}; expected one of {', '.join(STATES)}")
+        if options["ema_decay"] is not None and not 0 <= options["ema_decay"] <= 1:
+            raise ValueError(f"ema_decay is {options['ema_decay']}; expected a number from 0 to 1, or None")
+        if not isinstance(options["seed"], int) or isinstance(options["seed"], bool) or not 0 <= options["seed"] < 2**32:
+            raise ValueError(f"seed is {options['seed']!r}; expected an integer from 0 to 2**32 - 1")
+        for i, beta in enumerate(options.get("betas", ())):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas[{i}] is {beta}; expected 0 <= beta < 1")
+        if len(options.get("betas", (0, 0))) != 2:
+            raise ValueError(f"betas is {options['betas']}; expected two numbers")
+        if not options.get("eps", 0) >= 0:
+            raise ValueError(f"eps is {options['eps']}; expected a number >= 0")
         _check_lr(options["lr"])
         if not options["weight_decay"] >= 0:
             raise ValueError(f"weight_decay is {options['weight_decay']}; expected a number >= 0")
@@ -106,14 +135,34 @@ class Optimizer(torch.optim.Optimizer):
         lr = param_group.get("lr", self.defaults["lr"])
         if isinstance(lr, torch.Tensor):
             param_group["lr"] = lr.clone()  # each group's own; schedulers then write into it
+        self._complete(param_group)
         super().add_param_group(param_group)
-        room = Room(self.param_groups[-1], len(self.param_groups) - 1, self._state_names(self.param_groups[-1]))
+        group = self.param_groups[-1]
+        room = Room(group, len(self.param_groups) - 1, self._state_names(group), self._tensor_states, self._initial(group), self.zero_grads)
         self._rooms.append(room)
         if self._in_backward:
             room.backward = BackwardStats(room)
         room.publish(self.state)
         for param in room.params:
             own(param, self)
+
+    # -- what a rule says of itself ----------------------------------------------------------------
+    def _complete(self, group):
+        """Options of a new group that follow from others."""
+
+    def _state_names(self, group):
+        raise NotImplementedError
+
+    def _initial(self, group):
+        """{state: the value it begins at} where that is not zero."""
+        return {}
+
+    def _numbers(self, group):
+        """The numbers of the op (csrc/ops/optim.h)."""
+        raise NotImplementedError
+
+    def _apply(self, room, grads, lr, control):
+        type(self)._op(*room.frame(grads, lr, control), **room.frame_numbers(), **self._numbers(room.group))
 
     # -- the step --------------------------------------------------------------------------------
     @torch.no_grad()
@@ -160,7 +209,7 @@ class Optimizer(torch.optim.Optimizer):
                     param.grad.zero_()
 
     def __getstate__(self):
-        own = ("max_grad_norm", "skip_nonfinite", "_rooms", "_skipped")
+        own = ("max_grad_norm", "skip_nonfinite", "zero_grads", "_rooms", "_skipped")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state):
@@ -237,6 +286,8 @@ class Optimizer(torch.optim.Optimizer):
         for room, grads in work:
             room.stepped(grads)
         if not compiling:
+            if self.zero_grads and self._turn.widened:
+                narrow(self)
             torch.clear_autocast_cache()
             self.report_overflow()
 
@@ -310,7 +361,16 @@ class Optimizer(torch.optim.Optimizer):
                 H.write_masters_([v.to(room.params[i].device) for i, v in enumerate(values[start:start + n])],
                                  room.raw, room.masters, torch.zeros_like(room.overflowed))
             start += n
+            room.restart_emas(range(n))
             room.remember()
+
+    @torch.no_grad()
+    def ema_params(self):
+        """Copies of the running means of the exact weights, in the order of the parameters; the exact weight where a parameter has none."""
+        if not any(room.emas for room in self._rooms):
+            raise RuntimeError("ema_params: no parameter group has an ema_decay")
+        self._follow_edits()
+        return [value for room in self._rooms for value in room.ema_params()]
 
     @torch.no_grad()
     def refresh_masters(self):
@@ -319,12 +379,13 @@ class Optimizer(torch.optim.Optimizer):
         found = {}
         for room in self._rooms:
             found.update({name: count for name, count, _ in room.refresh(range(len(room.params)))})
+            room.restart_emas(range(len(room.params)))
             room.remember()
         return found
 
     # -- checkpoints -----------------------------------------------------------------------------
     def state_dict(self, packed=False):
-        """torch's keys in FP32 (FP64) plus `master`, or with packed=True the int16 remainder as it is held. All tensors are copies."""
+        """torch's keys in FP32 (FP64) plus `master` and `ema`, or with packed=True what is held in less as it is held. All tensors are copies."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state = checkpoint.optimizer_state(self, packed)
@@ -354,48 +415,17 @@ class Optimizer(torch.optim.Optimizer):
         judged = self.skip_nonfinite or self.max_grad_norm is not None
         modes = []
         for room in self._rooms:
-            for i, (param, master) in enumerate(zip(room.params, room.masters)):
-                states = [tensors[i].dtype for tensors in room.states.values()]
-                kind = master.dtype if master.numel() or not param.numel() and master_dtype(room.group["master"], param) else None
-                modes.append((None if i in room.frozen else mode(param, kind, states, room.group["grad_dtype"], judged), param.numel()))
+            for i, param in enumerate(room.params):
+                modes.append((None if i in room.frozen else mode(room, i, judged, self._norm_pass), param.numel()))
         return f"{super().__repr__()}\n{describe(modes)}"
 
 
-def _refuse_differentiable(differentiable):
-    if differentiable:
-        raise ValueError("differentiable=True is not supported: the update is one op without a derivative")
-
-
 class _AdamBase(Optimizer):
-    _op = None
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, *, maximize=False,
-                 foreach=None, capturable=False, differentiable=False, fused=None,
-                 master="auto", grad_dtype="param", max_grad_norm=None, skip_nonfinite=True):
-        _refuse_differentiable(differentiable)
-        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, master=master, grad_dtype=grad_dtype)
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
-
-    def _check_options(self, options):
-        super()._check_options(options)
-        if len(options["betas"]) != 2:
-            raise ValueError(f"betas is {options['betas']}; expected two numbers")
-        for i, beta in enumerate(options["betas"]):
-            if not 0 <= beta < 1:
-                raise ValueError(f"betas[{i}] is {beta}; expected 0 <= beta < 1")
-        if not options["eps"] >= 0:
-            raise ValueError(f"eps is {options['eps']}; expected a number >= 0")
-
     def _state_names(self, group):
         return ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
 
-    def _apply(self, room, grads, lr, control):
-        g = room.group
-        type(self)._op(*room.frame(grads, lr, control), beta1=g["betas"][0], beta2=g["betas"][1], eps=g["eps"],
-                       weight_decay=g["weight_decay"], amsgrad=g["amsgrad"], maximize=g["maximize"], **room.frame_numbers(), **self._own_numbers(g))
-
-    def _own_numbers(self, group):
-        return {}
+    def _numbers(self, g):
+        return {"beta1": g["betas"][0], "beta2": g["betas"][1], "eps": g["eps"], "weight_decay": g["weight_decay"], "amsgrad": g["amsgrad"], "maximize": g["maximize"]}
 
 
 class Adam(_AdamBase):
@@ -403,38 +433,53 @@ class Adam(_AdamBase):
 
     _op = staticmethod(H.adam_step_)
 
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, *, maximize=False, **ours):
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize), **ours)
+
 
 class AdamW(_AdamBase):
     """torch.optim.AdamW's rule (decoupled weight decay) on exact masters.
 
     params: tensors, groups, or model.named_parameters() (errors then carry names); float16, bfloat16, float32, float64.
-    master: what keeps a weight exact: "split16" (int16 beside a 16-bit weight), "fp32", "fp64", "none"; "auto" is split16
-    for 16-bit parameters and none otherwise. max_grad_norm: global-norm clip over all groups, folded into the step.
-    skip_nonfinite: without a scaler, a step with a non-finite gradient changes nothing and is counted in steps_skipped.
+    decay_order: "torch" multiplies the weight by 1 - lr * weight_decay first, "apex" adds weight_decay * weight to the
+    update. decouple_lr: decay by weight_decay * lr / max_lr, apart from the size of lr; max_lr is the lr that a group
+    begins with unless it is given. Further options: see Optimizer.
     """
 
     _op = staticmethod(H.adamw_step_)
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, maximize=False,
-                 foreach=None, capturable=False, differentiable=False, fused=None,
-                 master="auto", grad_dtype="param", max_grad_norm=None, skip_nonfinite=True):
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, differentiable=differentiable,
-                         master=master, grad_dtype=grad_dtype, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
+                 decouple_lr=False, max_lr=None, decay_order="torch", **ours):
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
+                                      decouple_lr=decouple_lr, max_lr=max_lr, decay_order=decay_order), **ours)
 
-    def _own_numbers(self, group):
-        return {"max_lr": 0.0, "decay_in_update": False}
+    def _check_options(self, options):
+        super()._check_options(options)
+        if options["decay_order"] not in ("torch", "apex"):
+            raise ValueError(f"decay_order is {options['decay_order']!r}; expected 'torch' or 'apex'")
+        if options["decouple_lr"] and not _max_lr(options) > 0:
+            raise ValueError(f"decouple_lr divides by max_lr, which is {_max_lr(options)}; pass the largest lr of the schedule as max_lr")
+
+    def _complete(self, group):
+        options = {**self.defaults, **group}
+        if options["decouple_lr"]:
+            group["max_lr"] = _max_lr(options)
+
+    def _numbers(self, g):
+        return {**super()._numbers(g), "max_lr": g["max_lr"] if g["decouple_lr"] else 0.0, "decay_in_update": g["decay_order"] == "apex"}
+
+
+def _max_lr(options):
+    return float(options["lr"] if options["max_lr"] is None else options["max_lr"])
 
 
 class SGD(Optimizer):
     """torch.optim.SGD's rule (momentum, dampening, nesterov, L2 weight decay) on exact masters."""
 
-    def __init__(self, params, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, *, maximize=False,
-                 foreach=None, capturable=False, differentiable=False, fused=None,
-                 master="auto", grad_dtype="param", max_grad_norm=None, skip_nonfinite=True):
-        _refuse_differentiable(differentiable)
-        defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
-                        master=master, grad_dtype=grad_dtype)
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite)
+    _op = staticmethod(H.sgd_step_)
+
+    def __init__(self, params, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, *, maximize=False, **ours):
+        super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize), **ours)
 
     def _check_options(self, options):
         super()._check_options(options)
@@ -447,10 +492,8 @@ class SGD(Optimizer):
     def _state_names(self, group):
         return ["momentum_buffer"] if group["momentum"] != 0 else []
 
-    def _apply(self, room, grads, lr, control):
-        g = room.group
-        H.sgd_step_(*room.frame(grads, lr, control), momentum=g["momentum"], dampening=g["dampening"],
-                    weight_decay=g["weight_decay"], nesterov=g["nesterov"], maximize=g["maximize"], **room.frame_numbers())
+    def _numbers(self, g):
+        return {key: g[key] for key in ("momentum", "dampening", "weight_decay", "nesterov", "maximize")}
 
 
 class Snapshot:
@@ -730,8 +773,8 @@ class Masters(torch.optim.Optimizer):
         self._remember()
 
     def __repr__(self):
-        modes = [(mode(param, master.dtype if master.dtype != param.dtype else None, [v.dtype for v in self.inner.state.get(master, {}).values() if _is_state(v, master)],
-                       "param", True), param.numel()) for param, master in self._pairs]
+        states = lambda master: [v.dtype for v in self.inner.state.get(master, {}).values() if _is_state(v, master)]
+        modes = [(plain_mode(param, None if master.dtype == param.dtype else master.dtype, states(master)), param.numel()) for param, master in self._pairs]
         return f"Masters of {self.inner!r}\n{describe(modes)}"
 
     @torch.no_grad()
@@ -747,3 +790,7 @@ class Masters(torch.optim.Optimizer):
     def load_state_dict(self, state_dict, masters="saved"):
         """Loads ours, or one of the inner class. Everything is checked first; load the model before."""
         checkpoint.load_masters_state(self, state_dict, masters)
+
+
+from ._rules import Adagrad, Lamb, Lion, NovoGrad  # noqa: E402  built on Optimizer
+from ._convert import from_torch, to_torch  # noqa: E402  built on the classes above
