@@ -16,7 +16,7 @@ def _group_options(groups, known):
 
 
 def _options_of(cls):
-    return set(inspect.signature(cls.__init__).parameters) - {"self", "params", "foreach", "fused", "capturable", "differentiable"}
+    return set(inspect.signature(cls).parameters) - {"params", "foreach", "fused", "capturable", "differentiable"}
 
 
 def to_torch(optimizer, **options):
@@ -46,7 +46,6 @@ def from_torch(optimizer, **options):
     cls = getattr(optim, name, None)
     if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, optim.Optimizer) or cls is None or type(optimizer) is not getattr(torch.optim, name, None):
         raise TypeError(f"from_torch: {type(optimizer).__module__}.{name} has no counterpart here; hs.optim.Masters steps any optimizer on masters")
-    known = set(cls.__init__.__code__.co_varnames) - {"self", "params", "foreach", "ours"}
-    made = cls(_group_options(optimizer.param_groups, known), **options)
+    made = cls(_group_options(optimizer.param_groups, _options_of(cls)), **options)
     made.load_state_dict(optimizer.state_dict(), masters="from_params")
     return made

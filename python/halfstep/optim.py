@@ -101,6 +101,15 @@ class Optimizer(torch.optim.Optimizer):
         self._checked = False
         self._skipped = torch.zeros(1, dtype=torch.float64, device=self._rooms[0].steps.device)  # not 0-d: see Room.device_lr
 
+    def __init_subclass__(cls, **kw):
+        """The signature that help() shows: a rule's own arguments, then those of all."""
+        super().__init_subclass__(**kw)
+        if "__init__" in cls.__dict__:
+            own, ours = (list(inspect.signature(c.__init__).parameters.values())[1:] for c in (cls, Optimizer))
+            names = {p.name for p in own}
+            kept = [p for p in own if p.kind != inspect.Parameter.VAR_KEYWORD]
+            cls.__signature__ = inspect.Signature(kept + [p for p in ours if p.kind == inspect.Parameter.KEYWORD_ONLY and p.name not in names])
+
     def _check_options(self, options):
         """Refuses an option by name and value; subclasses add theirs."""
         if options["master"] not in MASTERS:
