@@ -91,6 +91,19 @@ inline std::vector<at::Tensor> read_masters(Tensors params, Tensors masters) {
       find_op<std::vector<at::Tensor>(Tensors, Tensors)>("halfstep::read_masters");
   return op.call(params, masters);
 }
+/// FP32 values of a bfloat16 or int8 state; `scale` is empty for bfloat16.
+inline at::Tensor read_state(const at::Tensor& state, const at::Tensor& scale, bool is_signed) {
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, bool)>("halfstep::read_state");
+  return op.call(state, scale, is_signed);
+}
+inline void write_state_(const at::Tensor& value, const at::Tensor& state, const at::Tensor& scale,
+                         bool is_signed, int64_t seed) {
+  static const auto op =
+      find_op<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool, int64_t)>(
+          "halfstep::write_state_");
+  op.call(value, state, scale, is_signed, seed);
+}
 inline void refresh_masters_(Tensors params, Tensors masters, const at::Tensor& changed,
                              bool dry_run) {
   static const auto op =

@@ -173,10 +173,12 @@ CastReport cast_model(torch::nn::Module& model, c10::ScalarType dtype, const Cas
   return report;
 }
 
-EvaluateIn::EvaluateIn(torch::nn::Module& model, optim::Optimizer& optimizer, c10::ScalarType dtype)
+EvaluateIn::EvaluateIn(torch::nn::Module& model, optim::Optimizer& optimizer, c10::ScalarType dtype,
+                       Weights weights)
     : model_(model), training_(model.is_training()) {
   const at::NoGradGuard no_grad;
-  const auto masters = optimizer.master_params();
+  const auto masters =
+      weights == Weights::kEma ? optimizer.ema_params() : optimizer.master_params();
   const auto owners = optimizer.distinct_parameters();
   std::map<const void*, at::Tensor> exact;
   for (size_t i = 0; i < owners.size(); ++i) exact[owners[i].unsafeGetTensorImpl()] = masters[i];
@@ -200,9 +202,11 @@ EvaluateIn::~EvaluateIn() {
 
 torch::OrderedDict<std::string, at::Tensor> export_state_dict(torch::nn::Module& model,
                                                               optim::Optimizer& optimizer,
-                                                              c10::ScalarType dtype) {
+                                                              c10::ScalarType dtype,
+                                                              Weights weights) {
   const at::NoGradGuard no_grad;
-  const auto masters = optimizer.master_params();
+  const auto masters =
+      weights == Weights::kEma ? optimizer.ema_params() : optimizer.master_params();
   const auto owners = optimizer.distinct_parameters();
   std::map<const void*, at::Tensor> exact;
   for (size_t i = 0; i < owners.size(); ++i) exact[owners[i].unsafeGetTensorImpl()] = masters[i];

@@ -200,13 +200,16 @@ void GradScaler::State::step_ours(optim::Optimizer& optimizer, Progress& progres
   if (!unscaled)
     for (const auto& entry : stats) tables.push_back(entry.second.to(scale.device()));
   if (!unscaled) return;
+  const bool zeroes = optimizer.common(*optimizer.defaults_).zero_grads;
   for (const auto& room : optimizer.rooms_) {
     if (optimizer.common(room->group->options()).grad_dtype)
       continue;  // FP32 is what was asked for
     for (const auto& param : room->leaves) {
       if (!param.grad().defined() || param.grad().scalar_type() == param.scalar_type()) continue;
-      at::Tensor(param).mutable_grad() = at::Tensor();  // the FP32 gradient has served
+      const at::Tensor served = param.grad();  // FP32; zeroed ones stay, in the parameter's dtype
+      at::Tensor(param).mutable_grad() = at::Tensor();
       param.set_grad_dtype(param.scalar_type());
+      if (zeroes) at::Tensor(param).mutable_grad() = served.to(param.scalar_type());
     }
   }
 }
@@ -216,11 +219,12 @@ namespace {
 /// Thrown out of an optimizer that evaluates its closure again and meets a non-finite gradient.
 struct NotFinite {};
 
-using States = std::vector<std::pair<void*, std::unique_ptr<torch::optim::OptimizerParamState>>>;
+using SavedStates =
+    std::vector<std::pair<void*, std::unique_ptr<torch::optim::OptimizerParamState>>>;
 
 /// A copy that the optimizer cannot write to: LBFGS updates tensors of its state in place.
-States saved_states(const torch::optim::Optimizer& optimizer) {
-  States saved;
+SavedStates saved_states(const torch::optim::Optimizer& optimizer) {
+  SavedStates saved;
   for (const auto& [key, state] : optimizer.state()) {
     saved.emplace_back(key, state->clone());
     auto* lbfgs = dynamic_cast<torch::optim::LBFGSParamState*>(saved.back().second.get());
@@ -235,7 +239,7 @@ States saved_states(const torch::optim::Optimizer& optimizer) {
   return saved;
 }
 
-void restore_states(torch::optim::Optimizer& optimizer, States& saved) {
+void restore_states(torch::optim::Optimizer& optimizer, SavedStates& saved) {
   optimizer.state().clear();
   for (auto& [key, state] : saved) optimizer.state()[key] = std::move(state);
 }
@@ -255,7 +259,7 @@ at::Tensor GradScaler::State::step_other(torch::optim::Optimizer& optimizer, Pro
   record(stats, api::step_control(tables, std::nullopt, progress.found_inf, std::nullopt, -1.0));
   if (progress.found_inf.item<float>() != 0) return loss;
   if (!closure) return optimizer.step();
-  States before = saved_states(optimizer);
+  SavedStates before = saved_states(optimizer);
   std::vector<std::pair<at::Tensor, at::Tensor>> weights;
   for (auto& group : optimizer.param_groups())
     for (auto& param : group.params()) weights.emplace_back(param, param.detach().clone());

@@ -8,6 +8,7 @@
 #include <c10/util/irange.h>
 
 #include <map>
+#include <numeric>
 #include <set>
 
 #include "../math/grads.h"
@@ -20,10 +21,20 @@ namespace {
 /// Dtype of the tensor that keeps a parameter exact, or Undefined for none.
 at::ScalarType master_type(Master mode, at::ScalarType param) {
   if (mode == Master::kAuto) mode = is_sixteen(param) ? Master::kSplit16 : Master::kNone;
-  if (mode == Master::kNone || param == at::kDouble) return at::ScalarType::Undefined;
+  if (mode == Master::kNone || mode == Master::kStochastic || param == at::kDouble)
+    return at::ScalarType::Undefined;
   if (mode == Master::kFp64) return at::kDouble;
   if (param == at::kFloat) return at::ScalarType::Undefined;
-  return mode == Master::kFp32 ? at::kFloat : at::kShort;
+  switch (mode) {
+    case Master::kFp32:
+      return at::kFloat;
+    case Master::kSplit8:
+      return at::kChar;
+    case Master::kKahan:
+      return param;
+    default:
+      return at::kShort;
+  }
 }
 
 std::string name_of(const std::vector<std::string>& names, size_t group, size_t index) {
@@ -62,127 +73,6 @@ void check_storage(const std::vector<at::Tensor>& params, size_t i, const std::s
 
 }  // namespace
 
-api::OptionalTensors Optimizer::Room::grads() const {
-  api::OptionalTensors list;
-  for (const auto i : c10::irange(leaves.size())) {
-    const at::Tensor& grad = leaves[i].grad();
-    TORCH_CHECK(!grad.defined() || !grad.is_sparse(), "'", names[i],
-                "' has a sparse gradient; this optimizer supports dense gradients only");
-    list.push_back(grad.defined() ? api::OptionalTensor(grad) : std::nullopt);
-  }
-  return list;
-}
-
-api::StepFrame Optimizer::Room::frame(const std::vector<const char*>& state_keys,
-                                      const at::Tensor& control) {
-  api::StepFrame f;
-  f.params = params;
-  f.grads = grads();
-  f.masters = masters;
-  for (const char* key : state_keys) {
-    const auto& tensors = state(key);
-    f.states.insert(f.states.end(), tensors.begin(), tensors.end());
-  }
-  f.steps = steps;
-  f.overflowed = overflowed;
-  f.lr = device_lr();
-  if (control.defined()) f.control = control;
-  f.table = table(step_table);
-  return f;
-}
-
-bool Optimizer::Room::has_grads() const {
-  for (const auto& leaf : leaves)
-    if (leaf.grad().defined()) return true;
-  return false;
-}
-
-api::Tensors Optimizer::Room::table(std::vector<at::Tensor>& kept) const {
-  constexpr int64_t kRow = 128;  // bytes that hold one row (cuda/kernels.h)
-  if (!steps.defined() || !steps.is_cuda()) return {};
-  const auto bytes = kRow * int64_t(params.size());
-  if (kept.empty() || kept[0].device() != steps.device() || kept[0].numel() < bytes) {
-    const auto options = at::TensorOptions(at::kByte);
-    kept = {at::empty({bytes}, options.device(steps.device())), at::zeros({bytes}, options)};
-  }
-  return kept;
-}
-
-const at::Tensor& Optimizer::Room::device_lr() {
-  const double value = group->options().get_lr();
-  if (value != lr_value) lr.fill_(lr_value = value);
-  return lr;
-}
-
-void Optimizer::Room::remember(size_t first) {
-  seen.resize(leaves.size());
-  for (const auto i : c10::irange(first, leaves.size()))
-    seen[i] = {int64_t(leaves[i]._version()), leaves[i].const_data_ptr()};
-}
-
-std::vector<at::Tensor>& Optimizer::Room::state(const std::string& key) {
-  auto& tensors = states[key];
-  for (const auto i : c10::irange(tensors.size(), params.size())) {
-    const bool wide =
-        params[i].scalar_type() == at::kDouble || masters[i].scalar_type() == at::kDouble;
-    tensors.push_back(
-        at::zeros_like(params[i], params[i].options().dtype(wide ? at::kDouble : at::kFloat)));
-  }
-  return tensors;
-}
-
-void Optimizer::Room::follow_move() {
-  for (const auto i : c10::irange(leaves.size()))
-    TORCH_CHECK(leaves[i].scalar_type() == params[i].scalar_type(), "'", names[i], "' is ",
-                type_name(leaves[i].scalar_type()), " but was ", type_name(params[i].scalar_type()),
-                " when the optimizer was made; cast the model first, then make the optimizer");
-  if (leaves.empty() || leaves[0].device() == steps.device()) return;
-  const auto move = [&](at::Tensor& tensor) { tensor = tensor.to(leaves[0].device()); };
-  move(steps), move(overflowed), move(lr);
-  for (auto& master : masters) move(master);
-  for (auto& [key, tensors] : states)
-    for (auto& tensor : tensors) move(tensor);
-}
-
-int64_t Optimizer::Room::refresh(bool only_edited, std::string* changed_names) {
-  std::vector<at::Tensor> weights, kept;
-  std::vector<size_t> which;
-  for (const auto i : c10::irange(leaves.size())) {
-    const bool edited =
-        seen[i] != std::make_pair(int64_t(leaves[i]._version()),
-                                  static_cast<const void*>(leaves[i].const_data_ptr()));
-    if (edited) params[i] = leaves[i].detach();
-    if (masters[i].numel() == 0 || (only_edited && !edited)) continue;
-    weights.push_back(params[i]);
-    kept.push_back(masters[i]);
-    which.push_back(i);
-  }
-  if (which.empty()) return 0;
-  const at::Tensor changed = at::zeros({int64_t(which.size())}, steps.options());
-  api::refresh_masters_(weights, kept, changed, false);
-  const at::Tensor host = changed.cpu();
-  int64_t total = 0;
-  for (const auto k : c10::irange(which.size())) {
-    const int64_t count = host.const_data_ptr<int64_t>()[k];
-    total += count;
-    if (count > 0 && changed_names) *changed_names += " '" + names[which[k]] + "'";
-  }
-  return total;
-}
-
-void Optimizer::Room::report_overflow() {
-  if (!overflowed.is_cpu()) return;  // a GPU is not waited for
-  for (const auto i : c10::irange(params.size())) {
-    const int64_t count = overflowed.const_data_ptr<int64_t>()[i];
-    if (count == reported[i]) continue;
-    const int64_t elements = count - reported[i];
-    TORCH_WARN("'", names[i], "' would leave ", type_name(params[i].scalar_type()), " range (",
-               elements, elements > 1 ? " elements" : " element", ", step ",
-               steps.const_data_ptr<int64_t>()[i], "): keep it in FP32 or lower lr");
-    reported[i] = count;
-  }
-}
-
 Optimizer::Optimizer(std::vector<Group> groups, std::vector<std::string> names,
                      std::unique_ptr<Options> defaults, const char* kind)
     : torch::optim::Optimizer(groups, std::move(defaults)), names_(std::move(names)), kind_(kind) {}
@@ -212,6 +102,8 @@ void Optimizer::make_rooms() {
     if (g == rooms_.size()) {
       rooms_.push_back(std::make_unique<Room>());
       rooms_[g]->index = g;
+      rooms_[g]->owner = this;
+      complete(param_groups_[g].options());
     }
     Room& room = *rooms_[g];
     room.group = &param_groups_[g];  // the vector may have moved
@@ -229,7 +121,7 @@ void Optimizer::make_rooms() {
 /// Masters, states and counters for parameters that the group lists and the room does not know.
 /// Nothing is kept when one of them is refused.
 void Optimizer::extend(Room& room) {
-  const Common rules = common(room.group->options());
+  const CommonOptions& rules = common(room.group->options());
   const auto& params = room.group->params();
   std::map<const void*, std::string> owned;
   for (const auto& other : rooms_)
@@ -283,6 +175,7 @@ void Optimizer::extend(Room& room) {
   append(room.masters, grown.masters);
   room.reported.resize(room.leaves.size(), 0);
   for (const char* key : state_names(room.group->options())) room.state(key);
+  room.begin_emas(true);
   room.remember(before);
   for (const auto& leaf : grown.leaves) {
     own(leaf);
@@ -323,7 +216,7 @@ void Optimizer::step_with(const at::Tensor& scale, const at::Tensor& found_inf,
   const at::NoGradGuard no_grad;
   make_rooms();
   follow_edits();
-  const Common rules = common(*defaults_);
+  const CommonOptions& rules = common(*defaults_);
   control_ = at::Tensor();
   if (!stats.empty() || found_inf.defined() || clip.defined() || scale.defined()) {
     const auto device = !stats.empty() ? stats[0].second.device() : found_inf.device();
@@ -337,9 +230,11 @@ void Optimizer::step_with(const at::Tensor& scale, const at::Tensor& found_inf,
     if (!judged && !rules.skip_nonfinite) control_[math::kControlFoundInf].fill_(0);
   }
   for (const auto& room : rooms_)
-    if (room->has_grads())
+    if (room->has_grads()) {
       apply(*room,
             control_.defined() ? control_.to(room->steps.device(), at::kDouble, true) : control_);
+      room->stepped();
+    }
   if (!judged && control_.defined() && control_.is_cpu())
     steps_skipped_ += control_.const_data_ptr<double>()[math::kControlFoundInf] != 0;
   for (const auto& room : rooms_) {
@@ -355,7 +250,7 @@ at::Tensor Optimizer::step(LossClosure closure) {
     const at::AutoGradMode grad_mode(true);
     loss = closure();
   }
-  const Common rules = common(*defaults_);
+  const CommonOptions& rules = common(*defaults_);
   const bool needs_stats = rules.max_grad_norm || rules.skip_nonfinite;
   step_with({}, {}, {}, needs_stats ? gather_stats() : decltype(gather_stats()){}, false);
   return loss;
@@ -373,8 +268,13 @@ std::vector<at::Tensor> Optimizer::state_tensors() const {
   for (const auto& room : rooms_) {
     for (const auto& master : room->masters)
       if (master.numel() > 0) all.push_back(master);
-    for (const auto& [key, tensors] : room->states)
-      all.insert(all.end(), tensors.begin(), tensors.end());
+    const auto append = [&](const std::vector<at::Tensor>& tensors) {
+      for (const auto& tensor : tensors)
+        if (tensor.numel() > 0) all.push_back(tensor);
+    };
+    for (const auto& [key, tensors] : room->states) append(tensors);
+    for (const auto& [key, tensors] : room->scales) append(tensors);
+    append(room->emas);
     all.push_back(room->steps);
   }
   return all;
@@ -390,6 +290,24 @@ std::vector<at::Tensor> Optimizer::master_params() {
     for (auto& value : api::read_masters(room->params, room->masters))
       all.push_back(std::move(value));
   }
+  return all;
+}
+
+std::vector<at::Tensor> Optimizer::ema_params() {
+  const at::NoGradGuard no_grad;
+  make_rooms();
+  follow_edits();
+  bool any = false;
+  std::vector<at::Tensor> all;
+  for (const auto& room : rooms_) {
+    if (room->params.empty()) continue;
+    any = any || !room->emas.empty();
+    if (room->emas.empty())
+      for (auto& value : api::read_masters(room->params, room->masters))
+        all.push_back(std::move(value));
+    for (const auto& ema : room->emas) all.push_back(ema.clone());
+  }
+  TORCH_CHECK(any, "ema_params: no parameter group has an ema_decay");
   return all;
 }
 
@@ -409,6 +327,9 @@ void Optimizer::set_master_params(const std::vector<at::Tensor>& values) {
     for (const auto& param : room->params) part.push_back(values[k++].to(param.device()));
     if (!part.empty())
       api::write_masters_(part, room->params, room->masters, at::zeros_like(room->overflowed));
+    std::vector<size_t> every(room->params.size());
+    std::iota(every.begin(), every.end(), size_t{0});
+    room->restart_emas(every);
     room->remember();
   }
 }

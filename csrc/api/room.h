@@ -12,6 +12,7 @@ namespace halfstep::optim {
 
 /// The tensors of one parameter group, in the order of its parameters (tied ones once).
 struct Optimizer::Room {
+  const Optimizer* owner = nullptr;
   torch::optim::OptimizerParamGroup* group = nullptr;
   size_t index = 0;
   std::vector<const void*> listed;          ///< the group's parameters, tied ones too
@@ -19,6 +20,8 @@ struct Optimizer::Room {
   std::vector<at::Tensor> leaves;           ///< the parameters themselves, for their gradients
   std::vector<std::string> names;
   std::map<std::string, std::vector<at::Tensor>> states;
+  std::map<std::string, std::vector<at::Tensor>> scales;  ///< of int8 states; empty for others
+  std::vector<at::Tensor> emas;                           ///< empty without ema_decay
   at::Tensor steps, overflowed, lr;
   double lr_value = -1;
   std::vector<std::pair<int64_t, const void*>> seen;  ///< version and data after our last step
@@ -31,12 +34,31 @@ struct Optimizer::Room {
   /// `kept` made to fit this group; empty on the CPU.
   api::Tensors table(std::vector<at::Tensor>& kept) const;
   bool has_grads() const;
-  /// Arguments of a step; `state_keys` in the order of the op.
-  api::StepFrame frame(const std::vector<const char*>& state_keys, const at::Tensor& control);
+  const CommonOptions& rules() const;
+  /// Arguments of a step.
+  api::StepFrame frame(const at::Tensor& control);
+  /// After a step: autograd must know of what was written, and an edit not be taken for ours.
+  void stepped();
   const at::Tensor& device_lr();
   void remember(size_t first = 0);
-  /// States of `key`, zero where there are none yet.
+
+  /// What parameter i is updated in.
+  at::ScalarType compute_type(size_t i) const;
+  /// States of `key`, as before the first step where there are none yet.
   std::vector<at::Tensor>& state(const std::string& key);
+  /// State `key` of parameter i as before the first step.
+  void begin_state(const std::string& key, size_t i);
+  /// A copy, in FP32 where it is held in less.
+  at::Tensor read_state(const std::string& key, size_t i) const;
+  void write_state(const std::string& key, size_t i, const at::Tensor& value);
+  at::Tensor scale_of(const std::string& key, size_t i) const;
+  /// Only the states of these names are kept.
+  void keep(const std::vector<const char*>& names);
+  /// Running means begin at the exact weights as they are; with `new_only` where there are none.
+  void begin_emas(bool new_only, const std::vector<size_t>& which = {});
+  /// An edit before the first step of a parameter is its initial value: its mean begins there.
+  void restart_emas(const std::vector<size_t>& which);
+
   /// States follow parameters that were moved to another device; a changed dtype is refused.
   void follow_move();
   /// Number of changed elements; names of changed parameters are appended.
@@ -51,6 +73,11 @@ namespace halfstep {
 bool is_sixteen(c10::ScalarType type);
 /// "float16", as Python names it.
 const char* type_name(c10::ScalarType type);
+
+/// A second moment: never negative, as an int8 state uint8 codes of its root.
+bool is_signed_state(const std::string& key);
+/// Whether a master holds what is left of the exact weight beside the weight itself.
+bool is_remainder(const at::Tensor& master, const at::Tensor& weight);
 
 /// Bytes that an element of the tensor's storage seems to have where its dtype has fewer, else 0:
 /// torch::load puts the storage of the file under the parameter, whatever the dtypes.

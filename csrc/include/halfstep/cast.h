@@ -33,12 +33,12 @@ struct CastReport {
 HALFSTEP_API CastReport cast_model(torch::nn::Module& model, c10::ScalarType dtype = c10::kHalf,
                                    const CastOptions& options = {});
 
-/// While it lives, the model holds its exact weights in `dtype` and is in evaluation mode; after it
-/// the weights are what they were, bit for bit.
+/// While it lives, the model holds its exact weights, or their running means, in `dtype` and is in
+/// evaluation mode; after it the weights are what they were, bit for bit.
 class HALFSTEP_NODISCARD_API EvaluateIn {
  public:
   EvaluateIn(torch::nn::Module& model, optim::Optimizer& optimizer,
-             c10::ScalarType dtype = c10::kFloat);
+             c10::ScalarType dtype = c10::kFloat, Weights weights = Weights::kMaster);
   ~EvaluateIn();
   EvaluateIn(const EvaluateIn&) = delete;
   EvaluateIn& operator=(const EvaluateIn&) = delete;
@@ -51,6 +51,7 @@ class HALFSTEP_NODISCARD_API EvaluateIn {
 
 /// Parameters and buffers by name, floating ones exact in `dtype`.
 HALFSTEP_API torch::OrderedDict<std::string, at::Tensor> export_state_dict(
-    torch::nn::Module& model, optim::Optimizer& optimizer, c10::ScalarType dtype = c10::kFloat);
+    torch::nn::Module& model, optim::Optimizer& optimizer, c10::ScalarType dtype = c10::kFloat,
+    Weights weights = Weights::kMaster);
 
 }  // namespace halfstep
