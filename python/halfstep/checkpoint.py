@@ -290,11 +290,11 @@ def _plan_ema(entry, param, name):
 def _plan_options(optimizer, room, saved):
     """The hyperparameters of a saved group; how masters, states and gradients are kept stays as it is here."""
     options = {k: v for k, v in saved.items() if k not in _FOREIGN}
+    if room.group["ema_decay"] is None or options.get("ema_decay") is None:  # a mean that only one side has
+        options.pop("ema_decay", None)
     for key, value in options.items():
         if key in optimizer.defaults:
             _check_option(key, value, optimizer.defaults[key], room.index)
-    if room.group["ema_decay"] is None or options.get("ema_decay") is None:  # a mean that only one side has
-        options.pop("ema_decay", None)
     try:
         optimizer._check_options({**room.group, **options})
     except (TypeError, ValueError) as error:

@@ -31,6 +31,30 @@ std::unique_ptr<optim::Optimizer> make_optimizer(const std::string& kind,
   if (kind == "Adam")
     return std::make_unique<optim::Adam>(
         params, optim::AdamOptions(1e-2).amsgrad(true).master(Master::kFp32));
+  if (kind == "AdamW8")
+    return std::make_unique<optim::AdamW>(params, optim::AdamWOptions(1e-2)
+                                                      .decouple_lr(true)
+                                                      .decay_in_update(true)
+                                                      .states(States::kInt8)
+                                                      .ema_decay(0.9)
+                                                      .seed(3));
+  if (kind == "Lion")
+    return std::make_unique<optim::Lion>(
+        params,
+        optim::LionOptions(1e-3).weight_decay(0.1).states(States::kInt8).master(Master::kSplit8));
+  if (kind == "Adagrad")
+    return std::make_unique<optim::Adagrad>(params, optim::AdagradOptions(1e-2)
+                                                        .initial_accumulator_value(0.1)
+                                                        .lr_decay(0.01)
+                                                        .states(States::kBf16)
+                                                        .master(Master::kKahan));
+  if (kind == "Lamb")
+    return std::make_unique<optim::Lamb>(
+        params, optim::LambOptions(1e-2).ema_decay(0.99).zero_grads(true).max_grad_norm(1.0));
+  if (kind == "NovoGrad")
+    return std::make_unique<optim::NovoGrad>(
+        params,
+        optim::NovoGradOptions(1e-2).weight_decay(1e-3).master(Master::kStochastic).seed(7));
   TORCH_CHECK(kind == "SGD", "no optimizer is called ", kind);
   return std::make_unique<optim::SGD>(
       params, optim::SGDOptions(0.1).momentum(0.9).nesterov(true).weight_decay(1e-3));
@@ -39,7 +63,7 @@ std::unique_ptr<optim::Optimizer> make_optimizer(const std::string& kind,
 void train(torch::nn::Sequential& net, optim::Optimizer& opt, GradScaler& scaler,
            const at::Tensor& x, const at::Tensor& y) {
   for (int step = 0; step < kSteps; ++step) {
-    opt.zero_grad();
+    if (!dynamic_cast<optim::Lamb*>(&opt)) opt.zero_grad();  // it leaves zeroed ones behind
     at::Tensor loss;
     {
       AutocastGuard guard(torch::kCPU);
@@ -52,11 +76,11 @@ void train(torch::nn::Sequential& net, optim::Optimizer& opt, GradScaler& scaler
 }
 
 void write(const std::string& path, torch::nn::Sequential& net, optim::Optimizer& opt,
-           const GradScaler& scaler, const at::Tensor& x, const at::Tensor& y) {
+           const GradScaler& scaler, const at::Tensor& x, const at::Tensor& y, bool packed) {
   StateDict checkpoint;
   checkpoint.insert("x", x).insert("y", y);
   checkpoint.insert("model", state_dict(*net));
-  checkpoint.insert("optimizer", opt.state_dict());
+  checkpoint.insert("optimizer", opt.state_dict(packed));
   checkpoint.insert("scaler", scaler.state_dict());
   save(checkpoint, path);
 }
@@ -66,13 +90,14 @@ void run(const std::string& mode, const std::string& kind, const std::string& fi
   auto net = make_net();
   cast_model(*net, torch::kHalf, CastOptions().keep_fp32({"4.*"}));
   auto opt = make_optimizer(kind, net);
+  const bool packed = kind != "AdamW" && kind != "Adam" && kind != "SGD";
   GradScaler scaler(GradScalerOptions().policy(policies::Dynamic().growth_interval(3)));
   at::Tensor x, y;
   if (mode == "train") {
     x = torch::randn({64, 16});
     y = torch::randint(0, 4, {64});
     train(net, *opt, scaler, x, y);
-    write(file, net, *opt, scaler, x, y);
+    write(file, net, *opt, scaler, x, y, packed);
   } else {
     const StateDict checkpoint = load(file);
     load_state_dict(*net, checkpoint.at("model"));
@@ -82,7 +107,7 @@ void run(const std::string& mode, const std::string& kind, const std::string& fi
     y = checkpoint.at("y").toTensor();
   }
   train(net, *opt, scaler, x, y);
-  write(after, net, *opt, scaler, x, y);
+  write(after, net, *opt, scaler, x, y, packed);
 }
 
 }  // namespace

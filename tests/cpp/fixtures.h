@@ -74,6 +74,27 @@ inline halfstep::StateDict scaler_state(const halfstep::GradScaler& scaler) {
   return state;
 }
 
+/// AdamW with narrow masters and states as in adamw_int8_packed.pt: element k of a code is k + 1,
+/// under scales of 2^-10.
+inline halfstep::StateDict with_codes(halfstep::optim::AdamW& opt) {
+  const halfstep::StateDict state = opt.state_dict(/*packed=*/true);
+  const auto entries = state.at("state").toGenericDict();
+  for (const auto& item : entries) {
+    halfstep::StateDict entry = item.value();
+    entry.at("step").toTensor().fill_(kStep);
+    for (const auto& key : {"exp_avg", "exp_avg_sq", "remainder"}) {
+      if (!entry.contains(key)) continue;
+      const at::Tensor held = entry.at(key).toTensor();
+      entry.insert(key, counted(held.sizes(), 1, held.scalar_type()));
+    }
+    for (const auto& key : {"exp_avg_scale", "exp_avg_sq_scale"})
+      entry.at(key).toTensor().fill_(-10);
+    entry.insert("ema", counted(entry.at("ema").toTensor().sizes(), 1e-2));
+  }
+  opt.load_state_dict(state);
+  return opt.state_dict(/*packed=*/true);
+}
+
 /// What C++ writes: files of halfstep::save, and archives of torch::save.
 inline void write_all(const std::string& folder) {
   Model model;
@@ -87,6 +108,13 @@ inline void write_all(const std::string& folder) {
   checkpoint.insert("scaler", scaler.state_dict());
   halfstep::save(checkpoint, folder + "cpp_checkpoint.pt");
   halfstep::save(adamw.state_dict(/*packed=*/true), folder + "cpp_adamw_packed.pt");
+  Model narrow;
+  fill(narrow);
+  halfstep::optim::AdamW coded(narrow->named_parameters(), halfstep::optim::AdamWOptions(2e-3)
+                                                               .master(halfstep::Master::kSplit8)
+                                                               .states(halfstep::States::kInt8)
+                                                               .ema_decay(0.9));
+  halfstep::save(with_codes(coded), folder + "cpp_adamw_int8_packed.pt");
   torch::save(model, folder + "cpp_archive_model.pt");
   torch::save(adamw, folder + "cpp_archive_adamw.pt");
   torch::save(scaler, folder + "cpp_archive_scaler.pt");

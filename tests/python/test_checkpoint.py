@@ -29,7 +29,7 @@ def everything(optimizer):
     tensors = []
     for room in optimizer._rooms:
         tensors += [*room.params, *room.masters, room.steps, room.overflowed]
-        tensors += [t for key in sorted(room.states) for t in room.states[key]]
+        tensors += [t for held in (room.states, room.scales) for key in sorted(held) for t in held[key]] + room.emas
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     return [t.detach().clone().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b"" for t in tensors] + [repr(groups)]
 
@@ -78,6 +78,26 @@ def test_golden_checkpoint_of_cpp():
     assert at_golden(optimizer, model, ["exp_avg", "exp_avg_sq"])
     assert all(map(torch.equal, optimizer.master_params(), golden.exact_weights()))
     assert same(saved["optimizer"], fixture("adamw")) and same(saved["scaler"], fixture("scaler"))  # both languages write the same
+
+
+@pytest.mark.parametrize("name", golden.KINDS)
+def test_golden_files_of_every_kind(name):
+    """Loaded and written again, a file is what it was; loaded into FP32 states and masters, it has the values that it stands for."""
+    model = golden.Model().filled()
+    optimizer = golden.make(name, model)
+    optimizer.load_state_dict(fixture(name))
+    assert same(optimizer.state_dict(packed=name.endswith("packed"))["state"], fixture(name)["state"])
+    plain = type(optimizer)(golden.Model().filled().named_parameters(), master="fp32", ema_decay=0.5)
+    plain.load_state_dict(fixture(name))
+    written, exact = plain.state_dict()["state"], optimizer.master_params()
+    for i, entry in fixture(name)["state"].items():
+        for key in plain._state_names(plain.param_groups[0]):
+            value = entry[key].float()
+            if f"{key}_scale" in entry:
+                value = value * 2.0**-10
+                value = value * value if key == "exp_avg_sq" else value
+            assert torch.equal(written[i][key], value) and written[i]["step"] == golden.STEP
+        assert torch.equal(plain.master_params()[i], exact[i]) and torch.equal(written[i]["ema"], entry.get("ema", exact[i]))
 
 
 @pytest.mark.parametrize("name,rule,keys", [("torch_adamw", hs.optim.AdamW, ["exp_avg", "exp_avg_sq"]), ("torch_sgd", hs.optim.SGD, ["momentum_buffer"])])
@@ -153,13 +173,19 @@ def make_job(kind):
     model = torch.nn.Sequential(*layers)
     model[0].half(), model[2].half()
     args = {"AdamW": dict(lr=1e-2, max_grad_norm=1.0), "Adam": dict(lr=1e-2, amsgrad=True, master="fp32"),
-            "SGD": dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)}[kind]
-    return model, getattr(hs.optim, kind)(model.named_parameters(), **args), hs.GradScaler(policy=hs.policies.Dynamic(growth_interval=3))
+            "SGD": dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
+            "AdamW8": dict(lr=1e-2, decouple_lr=True, decay_order="apex", states="int8", ema_decay=0.9, seed=3),
+            "Lion": dict(lr=1e-3, weight_decay=0.1, states="int8", master="split8"),
+            "Adagrad": dict(lr=1e-2, initial_accumulator_value=0.1, lr_decay=0.01, states="bf16", master="kahan"),
+            "Lamb": dict(lr=1e-2, ema_decay=0.99, zero_grads=True, max_grad_norm=1.0),
+            "NovoGrad": dict(lr=1e-2, weight_decay=1e-3, master="stochastic", seed=7)}[kind]
+    return model, getattr(hs.optim, kind.rstrip("8"))(model.named_parameters(), **args), hs.GradScaler(policy=hs.policies.Dynamic(growth_interval=3))
 
 
 def train(model, optimizer, scaler, x, y, steps=5):
     for _ in range(steps):
-        optimizer.zero_grad()
+        if not optimizer.zero_grads:
+            optimizer.zero_grad()
         with hs.autocast("cpu"):
             loss = torch.nn.functional.cross_entropy(model(x).float(), y)
         scaler.scale(loss).backward()
@@ -167,11 +193,14 @@ def train(model, optimizer, scaler, x, y, steps=5):
         scaler.update()
 
 
-def checkpoint_of(model, optimizer, scaler, x, y):
-    return {"x": x, "y": y, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+PLAIN, PACKED = ["AdamW", "Adam", "SGD"], ["AdamW8", "Lion", "Adagrad", "Lamb", "NovoGrad"]
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD"])
+def checkpoint_of(model, optimizer, scaler, x, y, packed=False):
+    return {"x": x, "y": y, "model": model.state_dict(), "optimizer": optimizer.state_dict(packed=packed), "scaler": scaler.state_dict()}
+
+
+@pytest.mark.parametrize("kind", PLAIN + PACKED)
 def test_python_goes_on_where_cpp_stopped(kind, peer, one_thread, tmp_path):
     peer("train", kind, tmp_path / "saved.pt", tmp_path / "after.pt")
     saved, after = (torch.load(tmp_path / name, weights_only=True) for name in ("saved.pt", "after.pt"))
@@ -181,20 +210,20 @@ def test_python_goes_on_where_cpp_stopped(kind, peer, one_thread, tmp_path):
     scaler.load_state_dict(saved["scaler"])
     assert not same(saved["model"], after["model"])
     train(model, optimizer, scaler, saved["x"], saved["y"])
-    assert same(checkpoint_of(model, optimizer, scaler, saved["x"], saved["y"]), after)
+    assert same(checkpoint_of(model, optimizer, scaler, saved["x"], saved["y"], kind in PACKED), after)
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD"])
+@pytest.mark.parametrize("kind", PLAIN + PACKED)
 def test_cpp_goes_on_where_python_stopped(kind, peer, one_thread, tmp_path):
     torch.manual_seed(0)
     x, y = torch.randn(64, 16), torch.randint(0, 4, (64,))
     model, optimizer, scaler = make_job(kind)
     train(model, optimizer, scaler, x, y)
-    hs.save(checkpoint_of(model, optimizer, scaler, x, y), tmp_path / "saved.pt")
+    hs.save(checkpoint_of(model, optimizer, scaler, x, y, kind in PACKED), tmp_path / "saved.pt")
     train(model, optimizer, scaler, x, y)
     peer("resume", kind, tmp_path / "saved.pt", tmp_path / "after.pt")
     after = hs.load(tmp_path / "after.pt")
-    assert same(checkpoint_of(model, optimizer, scaler, x, y), after)
+    assert same(checkpoint_of(model, optimizer, scaler, x, y, kind in PACKED), after)
 
 
 # -- files -----------------------------------------------------------------------------------------
