@@ -100,16 +100,21 @@ HALFSTEP_FN I coarse_remainder(I remainder) {
   return select(broadcast<I>(127) >= low, low, broadcast<I>(127));
 }
 
+/// By bits above 2^-14, by steps from there on: weights below 2^-14 lie as far apart as those
+/// above, while the bits of their masters count twice as fine.
 template <class V>
 HALFSTEP_FN auto remainder8_half(V master, V h) {
   using I = decltype(to_bits(h));
-  const I remainder = remainder_half(master, h);
-  return select(abs(h) >= broadcast<V>(0x1p-14f), coarse_remainder<5>(remainder),
-                coarse_remainder<7>(remainder));
+  const I by_bits = coarse_remainder<5>(to_bits(master) - to_bits(h));
+  const I by_steps = coarse_remainder<7>(round_to_int((master - h) * broadcast<V>(0x1p39f)));
+  const I remainder = select(broadcast<V>(0x1p-14f) >= abs(h), by_steps, by_bits);
+  return select(master == master, remainder, broadcast<I>(0));
 }
 template <class V, class I>
 HALFSTEP_FN V join8_half(V h, I remainder) {
-  return join_half(h, select(abs(h) >= broadcast<V>(0x1p-14f), remainder << 5, remainder << 7));
+  const V by_bits = from_bits(to_bits(h) + (remainder << 5));
+  const V by_steps = fma(to_float(remainder), broadcast<V>(0x1p-32f), h);
+  return select(broadcast<V>(0x1p-14f) >= abs(h), by_steps, by_bits);
 }
 template <class V, class I>
 HALFSTEP_FN auto remainder8_bfloat(V master, I h) {
