@@ -153,7 +153,8 @@ void Optimizer::Room::begin_state(const std::string& key, size_t i) {
     all[i] = scale;
   }
   const double initial = owner->initial(group->options(), key);
-  if (initial != 0) write_state(key, i, at::full_like(param, initial, options.dtype(at::kFloat)));
+  if (initial != 0)
+    write_state(key, i, at::full_like(param, initial, options.dtype(compute_type(i))));
 }
 
 at::Tensor Optimizer::Room::scale_of(const std::string& key, size_t i) const {

@@ -30,7 +30,7 @@ def to_torch(optimizer, **options):
     state = checkpoint.torch_state(optimizer)
     cls = getattr(torch.optim, type(optimizer).__name__)
     sixteen = [name for room in optimizer._rooms for param, name in zip(room.params, room.names) if param.dtype in SIXTEEN]
-    if sixteen and any(state["state"]):
+    if sixteen and state["state"]:
         more = f" and {len(sixteen) - 3} more" if len(sixteen) > 3 else ""
         dtype = next(dtype_name(p.dtype) for room in optimizer._rooms for p in room.params if p.dtype in SIXTEEN)
         warn(f"to_torch: torch.optim keeps the moments of {', '.join(map(repr, sixteen[:3]))}{more} in {dtype}")

@@ -219,7 +219,7 @@ class Room:
         if scale is not None:
             self.scales[key][i] = scale
         if self.initial.get(key):
-            self.write_state(i, key, torch.full_like(self.params[i], self.initial[key], dtype=torch.float32, requires_grad=False))
+            self.write_state(i, key, torch.full_like(self.params[i], self.initial[key], dtype=self.compute_dtype(i), requires_grad=False))
 
     def scale_of(self, i, key):
         return self.scales[key][i] if self.states[key][i].dtype in (torch.int8, torch.uint8) else torch.empty(0, dtype=torch.int8, device=self.steps.device)

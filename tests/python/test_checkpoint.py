@@ -88,7 +88,7 @@ def test_golden_files_of_every_kind(name):
     optimizer.load_state_dict(fixture(name))
     assert same(optimizer.state_dict(packed=name.endswith("packed"))["state"], fixture(name)["state"])
     plain = type(optimizer)(golden.Model().filled().named_parameters(), master="fp32", ema_decay=0.5)
-    plain.load_state_dict(fixture(name))
+    plain.load_state_dict(fixture(name), masters="from_params" if name == "lamb" else "saved")  # its weights had no master
     written, exact = plain.state_dict()["state"], optimizer.master_params()
     for i, entry in fixture(name)["state"].items():
         for key in plain._state_names(plain.param_groups[0]):

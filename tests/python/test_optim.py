@@ -11,8 +11,10 @@ import halfstep as hs
 H = torch.ops.halfstep
 pytestmark = pytest.mark.smoke
 MODES = [(torch.float16, "split16"), (torch.float16, "fp32"), (torch.float16, "fp64"), (torch.float16, "none"),
-         (torch.bfloat16, "split16"), (torch.bfloat16, "fp32"), (torch.float32, "none"), (torch.float32, "fp64"), (torch.float64, "none")]
+         (torch.bfloat16, "split16"), (torch.bfloat16, "fp32"), (torch.float32, "none"), (torch.float32, "fp64"), (torch.float64, "none"),
+         (torch.float16, "split8"), (torch.float16, "kahan"), (torch.bfloat16, "split8"), (torch.bfloat16, "kahan"), (torch.float16, "stochastic"), (torch.bfloat16, "stochastic")]
 RULES = [("AdamW", dict(lr=1e-3, weight_decay=0.1)), ("AdamW", dict(lr=1e-3, amsgrad=True, maximize=True)), ("Adam", dict(lr=1e-3, weight_decay=0.1)),
+         ("Adagrad", dict(lr=0.1)), ("Adagrad", dict(lr=0.1, lr_decay=0.01, weight_decay=0.1, initial_accumulator_value=0.5, eps=1e-6)),
          ("SGD", dict(lr=0.1)), ("SGD", dict(lr=0.1, weight_decay=0.1)), ("SGD", dict(lr=0.1, momentum=0.9)),
          ("SGD", dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2)), ("SGD", dict(lr=0.1, momentum=0.9, dampening=0.5, maximize=True))]
 
@@ -40,11 +42,11 @@ def test_one_step_against_torch_resynchronised(name, kw):
         q.grad = p.grad.clone()
         theirs.step(), ours.step()
         worst = max(worst, ulps(p.detach(), q.detach(), torch.maximum(before.abs(), (p.detach() - before).abs())))
-        for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+        for key in ("exp_avg", "exp_avg_sq", "momentum_buffer", "sum"):
             value = theirs.state[p].get(key)
             if value is not None and key in ours.state[q]:
                 g = p.grad + kw.get("weight_decay", 0) * before if name != "AdamW" else p.grad
-                term = torch.maximum(value.abs(), torch.maximum(old.get(key, value).abs(), g.abs() if key != "exp_avg_sq" else 1e-3 * g * g))
+                term = torch.maximum(value.abs(), torch.maximum(old.get(key, value).abs(), {"exp_avg_sq": 1e-3 * g * g, "sum": g * g}.get(key, g.abs())))
                 worst_state = max(worst_state, ulps(value, ours.state[q][key], term))
     assert worst <= 4 and worst_state <= 2, (worst, worst_state)
 
@@ -131,7 +133,7 @@ def test_a_skipped_step_changes_nothing(dtype, master, flag):
     assert int(opt.state[p]["step"]) == 2
 
 
-@pytest.mark.parametrize("dtype,master", [m for m in MODES if m[1] != "none"])
+@pytest.mark.parametrize("dtype,master", [m for m in MODES if m[1] not in ("none", "stochastic")])
 @pytest.mark.parametrize("edit", ["copy_", "clamp_", "data_swap"])
 def test_an_edit_survives_the_next_step(dtype, master, edit):
     p = torch.nn.Parameter(torch.randn(64).to(dtype))

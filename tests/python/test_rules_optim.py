@@ -11,9 +11,11 @@ import halfstep as hs
 
 pytestmark = pytest.mark.smoke
 MODES = [(torch.float16, "split16"), (torch.float16, "fp32"), (torch.float16, "fp64"), (torch.float16, "none"), (torch.bfloat16, "split16"),
-         (torch.bfloat16, "fp32"), (torch.bfloat16, "fp64"), (torch.bfloat16, "none"), (torch.float32, "none"), (torch.float32, "fp64"), (torch.float64, "none")]
+         (torch.bfloat16, "fp32"), (torch.bfloat16, "fp64"), (torch.bfloat16, "none"), (torch.float32, "none"), (torch.float32, "fp64"), (torch.float64, "none"),
+         (torch.float16, "split8"), (torch.float16, "kahan"), (torch.bfloat16, "split8"), (torch.bfloat16, "kahan")]
 every_mode = pytest.mark.parametrize("dtype,master", MODES, ids=[f"{str(d)[6:]}-{m}" for d, m in MODES])
-RULES = [("AdamW", {}), ("AdamW", dict(amsgrad=True)), ("Adam", dict(weight_decay=0.1)), ("SGD", {}), ("SGD", dict(momentum=0.9, nesterov=True))]
+RULES = [("AdamW", {}), ("AdamW", dict(amsgrad=True)), ("Adam", dict(weight_decay=0.1)), ("SGD", {}), ("SGD", dict(momentum=0.9, nesterov=True)),
+         ("Lion", {}), ("Adagrad", {})]
 every_rule = pytest.mark.parametrize("name,kw", RULES, ids=[f"{n}-{'-'.join(k) or 'plain'}" for n, k in RULES])
 
 
@@ -82,7 +84,7 @@ def test_an_edit_survives_the_next_step_and_is_reported_once_by_name(dtype, mast
     assert ((p.double() - 0.75).abs() <= torch.finfo(dtype).eps + 3e-5).all()
 
 
-@pytest.mark.parametrize("dtype,master", [m for m in MODES if m[1] in ("fp32", "fp64", "split16")])
+@pytest.mark.parametrize("dtype,master", [m for m in MODES if m[1] in ("fp32", "fp64", "split16", "split8", "kahan")])
 def test_elements_that_were_not_edited_keep_their_low_bits(dtype, master):
     torch.manual_seed(0)
     start = torch.rand(64) + 0.5
@@ -121,7 +123,7 @@ def test_edits_through_data_need_refresh_masters(dtype, master):
     opt = hs.optim.SGD([("w", p)], lr=0.0, master=master)
     p.data.clamp_(max=0.75)
     found = opt.refresh_masters()
-    assert set(found) <= {"w"} and (master in ("none", "split16") or found["w"] > 0)
+    assert set(found) <= {"w"} and (master in ("none", "split16", "split8", "kahan") or found["w"] > 0)
     assert (opt.master_params()[0] <= 0.75 * (1 + torch.finfo(dtype).eps)).all()
     assert opt.refresh_masters() == {}
 
