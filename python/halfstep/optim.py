@@ -104,10 +104,9 @@ class Optimizer(torch.optim.Optimizer):
     def __init_subclass__(cls, **kw):
         """The signature that help() shows: a rule's own arguments, then those of all."""
         super().__init_subclass__(**kw)
-        if "__init__" in cls.__dict__:
-            own, ours = (list(inspect.signature(c.__init__).parameters.values())[1:] for c in (cls, Optimizer))
-            names = {p.name for p in own}
-            kept = [p for p in own if p.kind != inspect.Parameter.VAR_KEYWORD]
+        own, ours = (list(inspect.signature(c.__init__).parameters.values())[1:] for c in (cls, Optimizer))
+        kept, names = [p for p in own if p.kind != inspect.Parameter.VAR_KEYWORD], {p.name for p in own}
+        if "__init__" in cls.__dict__ and len(kept) < len(own):  # its **keywords are handed on
             cls.__signature__ = inspect.Signature(kept + [p for p in ours if p.kind == inspect.Parameter.KEYWORD_ONLY and p.name not in names])
 
     def _check_options(self, options):

@@ -154,6 +154,28 @@ def other_weights():
     hs.optim.SGD([("w", half(3.0, 4.0))], lr=0.1).load_state_dict(state)
 
 
+def no_masters():
+    p = half()
+    saved = hs.optim.SGD([("w", p)], master="stochastic").state_dict()
+    hs.optim.SGD([("w", p)]).load_state_dict(saved)
+
+
+def other_names():
+    saved = hs.optim.SGD([("a", P()), ("b", P())]).state_dict()
+    hs.optim.SGD([("b", P()), ("x", P())]).load_state_dict(saved)
+
+
+def no_max_lr():
+    hs.optim.AdamW([P()], lr=0.0, decouple_lr=True)
+
+
+def to_torch_in_half():
+    p = given(half(), 1.0, 1.0)
+    opt = hs.optim.AdamW([("w", p)])
+    opt.step()
+    hs.optim.to_torch(opt)
+
+
 def missing_library(monkeypatch):
     monkeypatch.setattr(_library, "PACKAGE", Path("/nowhere"))
     _library._load()
@@ -207,6 +229,13 @@ PROVOKE = {
     "moved under capture": captured(lambda p, opt: setattr(p, "data", p.data.clone()), torch.tensor(0.1)),
     "state of other weights": other_weights,
     "state of another optimizer": lambda: hs.optim.SGD([P()], lr=0.1).load_state_dict(hs.optim.AdamW([P()]).state_dict()),
+    "file without masters": no_masters,
+    "file with other names": other_names,
+    "max_lr of 0": no_max_lr,
+    "no running mean": lambda: hs.optim.SGD([P()]).ema_params(),
+    "moments in half": to_torch_in_half,
+    "rule that torch lacks": lambda: hs.optim.to_torch(hs.optim.Lion([P()])),
+    "rule that is not ours": lambda: hs.optim.from_torch(torch.optim.RMSprop([P()])),
     "broken file": broken_file,
     "another torch": other_torch,
     "not built": missing_library,
