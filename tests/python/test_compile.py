@@ -65,7 +65,8 @@ class Run:
 
     def iterate(self, x, y):
         for optimizer in self.optimizers:
-            optimizer.zero_grad(self.set_to_none)
+            if not getattr(optimizer, "zero_grads", False):
+                optimizer.zero_grad(self.set_to_none)
         total = 0
         for part, labels in zip(x.chunk(self.micro), y.chunk(self.micro)):
             loss = self.loss(part, labels) / self.micro
@@ -127,6 +128,10 @@ WHOLE = {
     "two optimizers": dict(optimizers=2, clip=0.3, max_grad_norm=1.0), "accumulation": dict(micro=4), "zeros, not None": dict(set_to_none=False),
     "Adam": dict(optimizer=hs.optim.Adam, amsgrad=True, weight_decay=0.1),
     "SGD": dict(optimizer=hs.optim.SGD, momentum=0.9, nesterov=True), "SGD without momentum": dict(optimizer=hs.optim.SGD, max_grad_norm=1.0),
+    **{name: dict(optimizer=getattr(hs.optim, name), max_grad_norm=1.0) for name in ("Lion", "Adagrad", "Lamb", "NovoGrad")},
+    **{f"{str(dtype)[6:]}-{master}-{states}": dict(dtype=dtype, master=master, states=states, ema_decay=0.9, seed=3)
+       for dtype, master, states in ((torch.float16, "split8", "int8"), (torch.bfloat16, "kahan", "bf16"), (torch.float16, "stochastic", "int8"), (torch.float32, "none", "int8"))},
+    "zero_grads": dict(zero_grads=True), "zero_grads and accumulation": dict(zero_grads=True, micro=2, max_grad_norm=1.0),
     "unscale_": dict(dtype=torch.float32, unscale=True, max_grad_norm=1.0), "lr in FP32": dict(lr=lambda: torch.tensor(1e-2)),
 }
 
