@@ -77,24 +77,34 @@ GradScalerOptions& GradScalerOptions::enabled(bool value) {
   enabled_ = value;
   return *this;
 }
+GradScalerOptions& GradScalerOptions::losses(int64_t count) {
+  TORCH_CHECK(count >= 1, "losses is ", count, "; expected at least 1");
+  losses_ = count;
+  return *this;
+}
 
 GradScaler::GradScaler(GradScalerOptions options) : state_(std::make_unique<State>()) {
-  state_->rule = options.rule_;
-  state_->device = options.device_;
-  state_->enabled = options.enabled_;
+  for (int64_t which = 1; which < options.losses_; ++which)
+    state_->rest.push_back(std::make_unique<State>());
+  for (State* entry : state_->entries()) {
+    entry->rule = options.rule_;
+    entry->device = options.device_;
+    entry->enabled = options.enabled_;
+  }
 }
 GradScaler::~GradScaler() = default;
 GradScaler::GradScaler(GradScaler&&) noexcept = default;
 GradScaler& GradScaler::operator=(GradScaler&&) noexcept = default;
 
-at::Tensor GradScaler::scale(const at::Tensor& loss) {
-  State& s = *state_;
+at::Tensor GradScaler::scale(const at::Tensor& loss, int64_t which) {
+  State& s = state_->entry("scale", which);
   if (!s.enabled) return loss;
   if (!s.scale.defined()) {
     TORCH_CHECK(!s.device || s.device->type() == loss.device().type(), "GradScaler was made for ",
                 *s.device, " but the loss is on ", loss.device());
-    s.make(loss.device());
+    for (State* entry : state_->entries()) entry->make(loss.device());
   }
+  s.scaled = true;
   {
     // One addition on the device: whether the loss was finite is read with the update's numbers.
     const at::NoGradGuard no_grad;
@@ -176,8 +186,8 @@ void GradScaler::State::unscale(torch::optim::Optimizer& optimizer, Progress& st
   state.stage = Progress::kUnscaled;
 }
 
-void GradScaler::unscale_(torch::optim::Optimizer& optimizer) {
-  State& s = *state_;
+void GradScaler::unscale_(torch::optim::Optimizer& optimizer, int64_t which) {
+  State& s = state_->entry_for("unscale_", optimizer, which);
   if (!s.enabled) return;
   s.require("unscale_");
   s.begin();
@@ -286,8 +296,8 @@ at::Tensor GradScaler::State::step_other(torch::optim::Optimizer& optimizer, Pro
 }
 
 at::Tensor GradScaler::step(torch::optim::Optimizer& optimizer,
-                            const torch::optim::Optimizer::LossClosure& closure) {
-  State& s = *state_;
+                            const torch::optim::Optimizer::LossClosure& closure, int64_t which) {
+  State& s = state_->entry_for("step", optimizer, which);
   if (!s.enabled) {
     at::Tensor loss = optimizer.step(closure);
     at::autocast::clear_cache();
@@ -316,42 +326,18 @@ at::Tensor GradScaler::step(torch::optim::Optimizer& optimizer,
   return loss;
 }
 
-void GradScaler::update(std::optional<double> new_scale) {
-  State& s = *state_;
-  if (!s.enabled) return;
-  s.require("update");
-  const at::NoGradGuard no_grad;
-  if (new_scale) {
-    TORCH_CHECK(*new_scale >= math::kLowestScale && *new_scale <= math::kHighestScale,
-                "update: new_scale is ", *new_scale, "; expected between 2^-126 and 2^127");
-    s.scale.fill_(*new_scale);
-    s.numbers[math::kStateScale].fill_(double(float(*new_scale)));
-  } else {
-    std::vector<at::Tensor> flags;
-    for (const auto& [key, progress] : s.progress)
-      if (progress.found_inf.defined()) flags.push_back(progress.found_inf);
-    TORCH_CHECK(!flags.empty(),
-                "update: no inf checks were recorded; call step() or unscale_() first");
-    s.apply_policy(s.bad_of(flags));
-    ++s.updates;
-    s.take_snapshot();
-  }
-  s.loss.zero_();
-  s.progress.clear();
-  s.fresh = true;
-  s.learn();  // last: what it throws leaves the scaler between two iterations
-}
-
 at::Tensor GradScaler::clip_grad_norm_(const std::vector<torch::optim::Optimizer*>& optimizers,
-                                       double max_norm, double norm_type) {
-  State& s = *state_;
+                                       double max_norm, double norm_type, int64_t which) {
+  State& s = state_->entry("clip_grad_norm_", which);
   TORCH_CHECK(max_norm >= 0, "clip_grad_norm_: max_norm is ", max_norm, "; expected a number >= 0");
   const at::NoGradGuard no_grad;
   if (s.enabled) s.require("clip_grad_norm_");
+  for (auto* optimizer : optimizers) state_->entry_for("clip_grad_norm_", *optimizer, which);
   std::vector<at::Tensor> norms;
   for (auto* optimizer : optimizers) {
     const bool ours = dynamic_cast<optim::Optimizer*>(optimizer) != nullptr;
-    if (s.enabled && !ours && s.progress[optimizer].stage == Progress::kReady) unscale_(*optimizer);
+    if (s.enabled && !ours && s.progress[optimizer].stage == Progress::kReady)
+      unscale_(*optimizer, which);
     const bool scaled = s.enabled && s.progress[optimizer].stage == Progress::kReady;
     for (auto& group : optimizer->param_groups())
       for (auto& param : group.params()) {
@@ -380,17 +366,18 @@ at::Tensor GradScaler::clip_grad_norm_(const std::vector<torch::optim::Optimizer
   return norm.to(at::kFloat);
 }
 
-double GradScaler::get_scale() const {
-  const State& s = *state_;
+double GradScaler::get_scale(int64_t which) const {
+  const State& s = state_->entry("get_scale", which);
   if (!s.enabled) return 1.0;
   if (s.scale.defined()) return s.scale.item<float>();
   if (s.loaded.defined()) return s.loaded[math::kStateScale].item<double>();
   return s.rule.numbers[math::kPolicyInitScale];
 }
 
-const at::Tensor& GradScaler::scale_tensor() const {
-  state_->require("scale_tensor");
-  return state_->scale;
+const at::Tensor& GradScaler::scale_tensor(int64_t which) const {
+  const State& s = state_->entry("scale_tensor", which);
+  s.require("scale_tensor");
+  return s.scale;
 }
 
 bool GradScaler::is_enabled() const { return state_->enabled; }

@@ -201,6 +201,28 @@ StateDict exported_state(const policies::Rule& rule, const double* numbers,
   return written(format, rule.numbers.data(), numbers);
 }
 
+std::vector<StateDict> states_of_losses(const StateDict& state, size_t losses) {
+  std::vector<StateDict> states = {state};
+  if (state.size() == 0) return states;  // refused as such
+  if (state.contains("halfstep")) {
+    const StateDict own = state.at("halfstep");
+    const c10::IValue more = own.contains("losses") ? own.at("losses") : c10::IValue();
+    TORCH_CHECK(more.isNone() || more.isList(), "scaler state 'losses' is ", more.tagKind(),
+                "; expected a list of the states of the losses from 1 on");
+    if (more.isList())
+      for (const c10::IValue& one : more.toListRef()) states.emplace_back(one);
+  } else if (state.contains("loss_scaler0") && losses > 1) {
+    states.clear();
+    for (size_t i = 0; i < state.size(); ++i) {
+      StateDict one;
+      states.push_back(one.insert("loss_scaler0", state.at("loss_scaler" + std::to_string(i))));
+    }
+  }
+  TORCH_CHECK(states.size() == losses, "scaler state is of ", states.size(), " loss",
+              states.size() > 1 ? "es" : "", " but this GradScaler has losses=", losses);
+  return states;
+}
+
 StateDict imported_state(const StateDict& state, policies::Rule rule) {
   if (state.contains("halfstep")) return state;
   for (const Format& format : formats()) {

@@ -100,10 +100,9 @@ c10::impl::GenericList list_of(const double* numbers) {
   return list;
 }
 
-StateDict GradScaler::state_dict(const std::string& format) const {
-  const State& s = *state_;
+StateDict GradScaler::State::saved(const std::string& format) const {
+  const State& s = *this;
   StateDict out;
-  if (!s.enabled) return out;
   const at::Tensor state = s.numbers.defined()  ? s.numbers.cpu()
                            : s.loaded.defined() ? s.loaded
                                                 : api::init_scale_state(vector_of(s.rule.numbers));
@@ -130,9 +129,29 @@ StateDict GradScaler::state_dict(const std::string& format) const {
   return out.insert("halfstep", own);
 }
 
-void GradScaler::load_state_dict(const StateDict& saved) {
-  State& s = *state_;
-  if (!s.enabled) return;
+StateDict GradScaler::state_dict(const std::string& format) const {
+  const State& s = *state_;
+  if (!s.enabled) return {};
+  const StateDict out = s.saved(format);
+  if (s.rest.empty()) return out;
+  TORCH_CHECK(format.empty() || format == "apex", "state_dict(\"", format,
+              "\"): this GradScaler has losses=", losses(), ", but the state of ", format,
+              " holds one scale");
+  c10::impl::GenericList others(c10::AnyType::get());
+  StateDict all = format.empty() ? StateDict(out.at("halfstep")) : out;
+  for (size_t i = 0; i < s.rest.size(); ++i) {
+    const StateDict one = s.rest[i]->saved(format);
+    if (format.empty())
+      others.push_back(one);
+    else
+      all.insert("loss_scaler" + std::to_string(i + 1), one.at("loss_scaler0"));
+  }
+  if (format.empty()) all.insert("losses", others);
+  return out;
+}
+
+GradScaler::State::Loaded GradScaler::State::read(const StateDict& saved) const {
+  const State& s = *this;
   TORCH_CHECK(saved.size() > 0,
               "the scaler state is empty: was it saved from a disabled GradScaler?");
   const StateDict state = imported_state(saved, s.rule);
@@ -173,20 +192,32 @@ void GradScaler::load_state_dict(const StateDict& saved) {
       ours ? vector_of(numbers) : api::init_scale_state(vector_of(rule.numbers));
   loaded[math::kStateScale].fill_(scale);
   loaded[math::kStateGrowthTracker].fill_(tracker);
-  // Nothing below is refused.
-  s.rule = rule;
-  s.loaded = loaded;
-  s.updates = s.learned = updates;
-  s.limits = numbers[math::kStateLimits];
-  s.loaded_custom = custom;
-  s.show_loaded();
-  if (!s.scale.defined()) return;
+  return {rule, loaded, updates, numbers[math::kStateLimits], custom};
+}
+
+void GradScaler::State::take(const Loaded& read) {
+  rule = read.rule;
+  loaded = read.numbers;
+  updates = learned = read.updates;
+  limits = read.limits;
+  loaded_custom = read.custom;
+  show_loaded();
+  if (!scale.defined()) return;
   // In place: whoever holds scale_tensor() sees the new scale.
-  s.policy.copy_(vector_of(rule.numbers));
-  s.numbers.copy_(loaded);
-  s.scale.copy_(s.numbers[math::kStateScale]);
-  for (auto& [name, tensor] : s.custom)
-    if (custom.count(name)) tensor.copy_(custom[name]);
+  policy.copy_(vector_of(rule.numbers));
+  numbers.copy_(loaded);
+  scale.copy_(numbers[math::kStateScale]);
+  for (auto& [name, tensor] : custom)
+    if (loaded_custom.count(name)) tensor.copy_(loaded_custom[name]);
+}
+
+void GradScaler::load_state_dict(const StateDict& saved) {
+  if (!state_->enabled) return;
+  const std::vector<State*> entries = state_->entries();
+  const std::vector<StateDict> states = states_of_losses(saved, entries.size());
+  std::vector<State::Loaded> read;
+  for (size_t i = 0; i < states.size(); ++i) read.push_back(entries[i]->read(states[i]));
+  for (size_t i = 0; i < states.size(); ++i) entries[i]->take(read[i]);
 }
 
 void GradScaler::save(torch::serialize::OutputArchive& archive) const {

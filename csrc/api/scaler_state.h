@@ -72,6 +72,10 @@ struct GradScaler::State {
   bool warned_flush = false;
   int zero_steps = 0;
   mutable bool told_stuck = false;
+  /// This one is of loss 0; those of the others have none themselves.
+  std::vector<std::unique_ptr<State>> rest;
+  bool scaled = false;  ///< since the last update, where there are several losses
+  bool told_alone = false;
 
   void make(c10::Device on);
   void require(const char* call) const;
@@ -82,6 +86,29 @@ struct GradScaler::State {
   at::Tensor step_other(torch::optim::Optimizer& optimizer, Progress& progress,
                         const torch::optim::Optimizer::LossClosure& closure,
                         const at::Tensor& loss);
+
+  // ---- several losses: scaler_losses.cpp
+  std::vector<State*> entries();
+  State& entry(const char* call, int64_t which);
+  /// The same, where no other loss's gradients went through this optimizer since the last update.
+  State& entry_for(const char* call, torch::optim::Optimizer& optimizer, int64_t which);
+  /// Those that an update moves: something was unscaled or stepped with them.
+  std::vector<State*> used();
+  /// The others stay where they are, and know nothing of this iteration.
+  void leave(const std::vector<State*>& moved);
+  void advance(std::optional<double> new_scale);
+
+  // ---- state dicts: scaler_state.cpp
+  struct Loaded {
+    policies::Rule rule;
+    at::Tensor numbers;
+    int64_t updates;
+    double limits;
+    policies::Numbers custom;
+  };
+  StateDict saved(const std::string& format) const;
+  Loaded read(const StateDict& saved) const;  ///< every refusal comes from here
+  void take(const Loaded& read);
 
   // ---- the policy: scaler_policy.cpp
   bool looks_at_gradients() const;
@@ -111,6 +138,8 @@ StateDict exported_state(const policies::Rule& rule, const double* numbers,
                          const std::string& format);
 /// Ours, of a state of another project; ours, torch's and unknown ones pass through.
 StateDict imported_state(const StateDict& state, policies::Rule rule);
+/// The states of a scaler of so many losses, one by one; of another count they are refused.
+std::vector<StateDict> states_of_losses(const StateDict& state, size_t losses);
 /// The numbers of a rule or a state.
 c10::impl::GenericList list_of(const double* numbers);
 

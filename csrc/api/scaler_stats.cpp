@@ -157,17 +157,6 @@ std::string GradScaler::State::diagnose(const Snapshot& snapshot) const {
   return diagnosis;
 }
 
-bool GradScaler::step_was_skipped() const {
-  for (const auto& [key, found] : state_->last_found)
-    if (found.item<float>() != 0) return true;
-  return false;
-}
-
-bool GradScaler::step_was_skipped(const torch::optim::Optimizer& optimizer) const {
-  const auto found = state_->last_found.find(&optimizer);
-  return found != state_->last_found.end() && found->second.item<float>() != 0;
-}
-
 const Snapshot* GradScaler::State::newest() const {
   const Snapshot* newest = nullptr;
   for (const Snapshot& snapshot : snapshots)  // a stream finishes them in their order
@@ -175,8 +164,8 @@ const Snapshot* GradScaler::State::newest() const {
   return newest;
 }
 
-ScalerStats GradScaler::stats() const {
-  const State& s = *state_;
+ScalerStats GradScaler::stats(int64_t which) const {
+  const State& s = state_->entry("stats", which);
   if (const Snapshot* newest = s.newest()) return s.describe(*newest);
   ScalerStats out;
   const bool readable = s.enabled && s.scale.defined() && s.scale.is_cpu();
@@ -212,9 +201,9 @@ ScalerStats GradScaler::State::describe(const Snapshot& snapshot) const {
   return out;
 }
 
-std::map<std::string, TensorStats> GradScaler::tensor_stats() const {
+std::map<std::string, TensorStats> GradScaler::tensor_stats(int64_t which) const {
   std::map<std::string, TensorStats> out;
-  const Snapshot* newest = state_->newest();
+  const Snapshot* newest = state_->entry("tensor_stats", which).newest();
   if (!newest) return out;
   const double* x = newest->numbers.const_data_ptr<double>() + Snapshot::kControls;
   for (size_t i = 0; i < newest->tables.size(); ++i) {

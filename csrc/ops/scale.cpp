@@ -1,12 +1,18 @@
 #include "../math/scale.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "check.h"
 
-// The loss scale: one state machine on the device (csrc/math/scale.h).
+// The loss scale: one state machine on the device (csrc/math/scale.h). And a scale for gradients in
+// the middle of a graph, which autograd carries to where it is divided out.
 
 namespace halfstep::ops {
 
@@ -24,6 +30,10 @@ constexpr const char* kSchemas[] = {
     "simulate_scale(Tensor found_inf, Tensor policy, Tensor state) -> Tensor",
     // The state a policy starts in: float64 [32].
     "init_scale_state(Tensor policy) -> Tensor",
+    // x itself; its gradient is scale_gradient_backward's. scale: one floating element beside x.
+    "scale_gradient(Tensor x, Tensor scale) -> Tensor",
+    // grad * scale, formed in float32 (float64 for float64) and rounded once to grad's dtype.
+    "scale_gradient_backward(Tensor grad, Tensor scale) -> Tensor",
 };
 
 void update_scale_meta(const at::Tensor& scale, const at::Tensor& state,
@@ -48,6 +58,70 @@ at::Tensor init_scale_state_meta(const at::Tensor& policy) {
   return at::empty({math::kStateEntries}, policy.options());
 }
 
+void check_scale_gradient(const char* op, const char* name, const at::Tensor& x,
+                          const at::Tensor& scale) {
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()), op, ": ", name, " is ", x.scalar_type(),
+              "; expected a real floating-point dtype");
+  TORCH_CHECK(scale.sym_numel() == 1 && at::isFloatingType(scale.scalar_type()), op, ": scale is ",
+              scale.toString(), scale.sym_sizes(), "; expected one floating-point element");
+  TORCH_CHECK(scale.device() == x.device(), op, ": scale is on ", scale.device(), " but ", name,
+              " is on ", x.device());
+  TORCH_CHECK(!scale.requires_grad(), op, ": scale requires grad, but it gets none");
+}
+
+at::Tensor call_backward(const at::Tensor& grad, const at::Tensor& scale) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("halfstep::scale_gradient_backward", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
+  return op.call(grad, scale);
+}
+
+/// One pass: the operands differ in dtype, so that torch computes in the wider one as it reads, and
+/// a scale beyond FP16 range stays what it is.
+at::Tensor scale_gradient_backward(const at::Tensor& grad, const at::Tensor& scale) {
+  check_scale_gradient("scale_gradient_backward", "grad", grad, scale);
+  const auto wide = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor factor = grad.dim() == 0 ? scale.reshape(at::IntArrayRef()) : scale.reshape({1});
+  at::Tensor out = at::empty_like(grad);
+  at::mul_out(out, grad, factor.to(wide));
+  return out;
+}
+
+struct ScaleGradient : torch::autograd::Function<ScaleGradient> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x,
+                            const at::Tensor& scale) {
+    context->save_for_backward({scale});
+    return x;  // which autograd makes a view of
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& grads) {
+    return {call_backward(grads[0], context->get_saved_variables()[0]), at::Tensor()};
+  }
+};
+
+/// Its own derivative.
+struct ScaleGradientBackward : torch::autograd::Function<ScaleGradientBackward> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& grad,
+                            const at::Tensor& scale) {
+    context->save_for_backward({scale});
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return call_backward(grad, scale);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& grads) {
+    return {call_backward(grads[0], context->get_saved_variables()[0]), at::Tensor()};
+  }
+};
+
+at::Tensor scale_gradient(const at::Tensor& x, const at::Tensor& scale) {
+  check_scale_gradient("scale_gradient", "x", x, scale);
+  return ScaleGradient::apply(x, scale);
+}
+
+at::Tensor scale_gradient_backward_autograd(const at::Tensor& grad, const at::Tensor& scale) {
+  return ScaleGradientBackward::apply(grad, scale);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(halfstep, m) {
@@ -59,6 +133,18 @@ TORCH_LIBRARY_IMPL(halfstep, Meta, m) {
   m.impl("advance_scale_", advance_scale_meta);
   m.impl("simulate_scale", simulate_scale_meta);
   m.impl("init_scale_state", init_scale_state_meta);
+}
+
+// One kernel for CPU, CUDA and Meta: torch's own product.
+TORCH_LIBRARY_IMPL(halfstep, CompositeExplicitAutograd, m) {
+  m.impl("scale_gradient_backward", scale_gradient_backward);
+}
+TORCH_LIBRARY_IMPL(halfstep, Autograd, m) {
+  m.impl("scale_gradient_backward", scale_gradient_backward_autograd);
+}
+// No kernel below autograd: the forward does nothing, and no op may return its argument.
+TORCH_LIBRARY_IMPL(halfstep, CompositeImplicitAutograd, m) {
+  m.impl("scale_gradient", scale_gradient);
 }
 
 }  // namespace halfstep::ops

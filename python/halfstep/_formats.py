@@ -103,6 +103,13 @@ def export_state(policy, numbers, format):
     return _WRITE[format](policy, numbers)
 
 
+def export_losses(states, format):
+    """The states of a scaler of several losses as one of another project's: apex alone has such."""
+    if len(states) > 1 and format != "apex":
+        raise ValueError(f"state_dict(format={format!r}): this GradScaler has losses={len(states)}, but the state of {format} holds one scale")
+    return states[0] if len(states) == 1 else {f"loss_scaler{which}": state["loss_scaler0"] for which, state in enumerate(states)}
+
+
 # -- import ----------------------------------------------------------------------------------------
 def _read(state, policy, name):
     """(policy with the numbers that the file holds, {entry of the state: value})."""
@@ -154,3 +161,22 @@ def import_state(state_dict, policy, format=None):
     for index, value in entries.items():
         numbers[index] = value
     return {**_torch(policy, numbers), "halfstep": {"format": 1, "state": numbers, "policy": policy.vector().tolist(), "updates": 0}}
+
+
+def states_of_losses(state_dict, losses):
+    """The states of a scaler of so many losses, one by one."""
+    own = state_dict.get("halfstep") or {}
+    more = own.get("losses", [])
+    if not isinstance(more, list):
+        raise ValueError(f"scaler state 'losses' is {more!r}; expected a list of the states of the losses from 1 on")
+    if losses == 1 and not more or not state_dict:  # an empty one is refused as such
+        return [state_dict]
+    states = [state_dict, *more]
+    if not own and "loss_scaler0" in state_dict:  # apex's
+        for which in range(len(state_dict)):
+            if f"loss_scaler{which}" not in state_dict:
+                raise ValueError(f"the apex state has no 'loss_scaler{which}' (keys: {', '.join(map(str, state_dict))})")
+        states = [{"loss_scaler0": state_dict[f"loss_scaler{which}"]} for which in range(len(state_dict))]
+    if len(states) != losses:
+        raise ValueError(f"scaler state is of {len(states)} loss{'es' if len(states) > 1 else ''} but this GradScaler has losses={losses}")
+    return states

@@ -171,6 +171,8 @@ def record(scaler, path, every=1):
         raise ValueError("record: the GradScaler is disabled, so there is no scale to record")
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"record: every is {every!r}; expected a whole number from 1")
+    if scaler.losses > 1:
+        raise ValueError(f"record: the GradScaler has losses={scaler.losses}; a trace holds the scale of one")
     if scaler._history.recorder is not None:
         raise ValueError(f"record: the GradScaler is being recorded into {scaler._history.recorder.path} already; close that first")
     recorder = Recorder(scaler, path, every)

@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import OptState
 
 from . import checkpoint, optim, policies
 from ._library import H, fence, grad_stats
+from ._room import warn
 from ._stats import APPLIED, SCALE, SKIPPED, TRACKER, History, ScalerStats, gradients, members, stats_of
 
 _SIXTEEN = (torch.float16, torch.bfloat16)
@@ -53,9 +54,14 @@ class GradScaler(torch.amp.GradScaler):
 
     device None: that of the first loss. `policy` (halfstep.policies) excludes the four numbers; without it they make a
     Dynamic policy, torch's but for its floor (2^-14, or init_scale where that is lower) and ceiling (2^127).
+
+    `losses`: so many scales of the one policy, each with a state of its own. `which` says whose scale a loss gets, and which one
+    the gradients of an optimizer carry; update() moves those that something was unscaled or stepped with.
     """
 
-    def __init__(self, device=None, init_scale=None, growth_factor=None, backoff_factor=None, growth_interval=None, enabled=True, *, policy=None):
+    def __init__(self, device=None, init_scale=None, growth_factor=None, backoff_factor=None, growth_interval=None, enabled=True, *, policy=None, losses=1):
+        if isinstance(losses, bool) or not isinstance(losses, int) or losses < 1:
+            raise ValueError(f"GradScaler: losses is {losses!r}; expected a whole number of at least 1")
         numbers = dict(init_scale=init_scale, growth_factor=growth_factor, backoff_factor=backoff_factor, growth_interval=growth_interval)
         given = {k: v for k, v in numbers.items() if v is not None}
         if policy is not None and given:
@@ -74,6 +80,9 @@ class GradScaler(torch.amp.GradScaler):
         self._user, self._tables, self._arrivals = {}, [], policies.Arrivals()
         self._found, self._clipped, self._fresh = {}, [], True
         self._history = History()
+        self._scaled = self._told_alone = False
+        # This scaler is the entry of loss 0; those of the others are scalers of one loss, which nobody else sees.
+        self._rest = [GradScaler(device, enabled=enabled, policy=policy) for _ in range(losses - 1)]
 
     def __getstate__(self):
         state = super().__getstate__()  # between iterations only, as torch's
@@ -87,6 +96,58 @@ class GradScaler(torch.amp.GradScaler):
         """Updates in all; reads device memory."""
         state = self._loaded_state if self._state is None else self._state
         return self._history.offset + (0 if state is None else int(state[APPLIED] + state[SKIPPED]))
+
+    # -- several losses ----------------------------------------------------------------------------
+    @property
+    def losses(self):
+        """How many losses have a scale of their own."""
+        return 1 + len(self._rest)
+
+    @property
+    def scales(self):
+        """The scales of all losses as one float32 tensor [losses] on their device; no synchronisation."""
+        return torch.stack([entry.scale_tensor for entry in self._entries()])
+
+    def _entries(self):
+        return [self, *self._rest]
+
+    def _entry(self, call, which):
+        """The scaler of loss `which`."""
+        if isinstance(which, bool) or not isinstance(which, int):
+            raise TypeError(f"{call}: which is {which!r}; expected the number of a loss")
+        if not 0 <= which < self.losses:
+            raise IndexError(f"{call}: which is {which}, but this GradScaler has losses={self.losses}")
+        return self._rest[which - 1] if which else self
+
+    def _entry_for(self, call, optimizer, which):
+        """The same, where no other loss's gradients went through this optimizer since the last update()."""
+        chosen = self._entry(call, which)
+        for other, entry in enumerate(self._entries()):
+            if entry is not chosen and id(optimizer) in entry._per_optimizer_states and entry._per_optimizer_states[id(optimizer)]["stage"] is not OptState.READY:
+                raise RuntimeError(f"{call}: which is {which}, but the gradients of this optimizer were unscaled with which={other} since the last update(): they can carry one scale "
+                                   "only; scale all losses whose gradients it sums with one `which`")
+        for entry in self._entries():  # what was known of the last iteration is no longer asked of any
+            entry._begin()
+        return chosen
+
+    def _used(self):
+        """Those that update() moves: something was unscaled or stepped with them."""
+        return [entry for entry in self._entries() if any(state["found_inf_per_device"] for state in entry._per_optimizer_states.values())]
+
+    def _leave(self, moved):
+        """The other entries stay where they are, and know nothing of this iteration."""
+        for which, entry in enumerate(self._entries()):
+            idle = not any(entry is other for other in moved)
+            if idle:
+                entry._per_optimizer_states.clear()
+                entry._forget_clips()
+                entry._found, entry._fresh = {}, True
+            if idle and entry._scaled and not self._told_alone and not torch.compiler.is_compiling():
+                self._told_alone = True
+                warn(f"loss {which} was scaled with which={which}, but nothing was unscaled or stepped with which={which} before update(): gradients that went into an optimizer of "
+                     "another loss were divided by that one's scale; scale all losses whose gradients one optimizer sums with one `which`. A loss that accumulates over several "
+                     "updates may do so")
+            entry._scaled = False
 
     # -- state on the device -----------------------------------------------------------------------
     def _lazy_init_scale_growth_tracker(self, dev):
@@ -120,32 +181,38 @@ class GradScaler(torch.amp.GradScaler):
             raise RuntimeError("scale_tensor: nothing was scaled yet, so the device is not known; call scale(loss) first")
         return self._scale
 
-    def scale(self, outputs):
-        """outputs * scale. 16-bit outputs are scaled in FP32: a 1-element FP16 loss times 2^16 would be inf."""
+    def scale(self, outputs, which=0):
+        """outputs * scale of loss `which`. 16-bit outputs are scaled in FP32: a 1-element FP16 loss times 2^16 would be inf."""
+        entry = self._entry("scale", which)
         if not self._enabled:
             return outputs
         if isinstance(outputs, torch.Tensor):
             if self._scale is None:
                 if self._device is not None and outputs.device.type != self._device:
                     raise ValueError(f"GradScaler was made for {self._device} but the loss is on {outputs.device}")
-                self._lazy_init_scale_growth_tracker(outputs.device)
-            self._history.scaled(outputs)
+                for each in self._entries():
+                    each._lazy_init_scale_growth_tracker(outputs.device)
+            entry._history.scaled(outputs)
+            entry._scaled = True
             wide = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
-            return wide * self._scale.to(outputs.device, non_blocking=True)
+            return wide * entry._scale.to(outputs.device, non_blocking=True)
         if isinstance(outputs, dict):
-            return type(outputs)((k, self.scale(v)) for k, v in outputs.items())
+            return type(outputs)((k, self.scale(v, which)) for k, v in outputs.items())
         if isinstance(outputs, (list, tuple)):
-            scaled = map(self.scale, outputs)
+            scaled = (self.scale(v, which) for v in outputs)
             return type(outputs)(*scaled) if hasattr(outputs, "_fields") else type(outputs)(scaled)
         raise ValueError(f"scale: outputs is {type(outputs).__name__}; expected a tensor or an iterable of tensors")
 
     # -- unscaling ---------------------------------------------------------------------------------
-    def unscale_(self, optimizer):
-        """Divides the gradients by the scale once. FP16 and BF16 gradients of halfstep optimizers become FP32."""
-        if not self._enabled:
-            return
+    def unscale_(self, optimizer, which=0):
+        """Divides the gradients by the scale of loss `which` once. FP16 and BF16 gradients of halfstep optimizers become FP32."""
+        entry = self._entry_for("unscale_", optimizer, which) if self._rest else self._entry("unscale_", which)
+        if self._enabled:
+            entry._unscale(optimizer)
+
+    def _unscale(self, optimizer):
         if _needs_the_host(optimizer) or torch.compiler.is_compiling() and any(p.dtype in _SIXTEEN for params, _ in members(optimizer) for p in params):
-            return _outside_the_graph(GradScaler.unscale_, self, optimizer)  # 16-bit gradients change their dtype, which is not traced
+            return _outside_the_graph(GradScaler._unscale, self, optimizer)  # 16-bit gradients change their dtype, which is not traced
         self._check_scale_growth_tracker("unscale_")
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.UNSCALED:
@@ -222,16 +289,20 @@ class GradScaler(torch.amp.GradScaler):
         if self._history.recorder is not None and self._scale is not None and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
             self._history.recorder.look(optimizer, self._scale_for(optimizer, False))
 
-    def step(self, optimizer, closure=None, *args, **kwargs):
-        """optimizer.step() unless a gradient is non-finite.
+    def step(self, optimizer, closure=None, which=0, *args, **kwargs):
+        """optimizer.step() unless a gradient is non-finite; the gradients carry the scale of loss `which`.
 
         For halfstep optimizers, and others with torch's `_step_supports_amp_scaling`, everything stays on the device; for
         the rest the check costs one synchronisation. A closure scales its loss and calls backward; it is evaluated once
         before the check. An optimizer that evaluates it again (LBFGS) sees unscaled gradients each time; one that is not
         finite then takes the whole step back.
         """
+        entry = self._entry_for("step", optimizer, which) if self._rest else self._entry("step", which)
+        return entry._step(optimizer, closure, args, kwargs)
+
+    def _step(self, optimizer, closure, args, kwargs):
         if _needs_the_host(optimizer):
-            return _outside_the_graph(GradScaler.step, self, optimizer, closure, *args, **kwargs)
+            return _outside_the_graph(GradScaler._step, self, optimizer, closure, args, kwargs)
         if not self._enabled:
             return optimizer.step(*([] if closure is None else [closure]), *args, **kwargs)
         state = self._per_optimizer_states[id(optimizer)]
@@ -327,7 +398,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _step_stock(self, optimizer, state, loss, closure, args, kwargs):
         if state["stage"] is OptState.READY:
-            self.unscale_(optimizer)
+            self._unscale(optimizer)
         flags = state["found_inf_per_device"]
         assert len(flags) > 0, "No inf checks were recorded for this optimizer."
         found = self._combine(flags.values(), self._scale.device)
@@ -379,15 +450,21 @@ class GradScaler(torch.amp.GradScaler):
 
     # -- clipping ----------------------------------------------------------------------------------
     @torch.no_grad()
-    def clip_grad_norm_(self, optimizers, max_norm, norm_type=2.0):
-        """Clips the global norm over all `optimizers` together; returns it, unscaled, as a 0-d device tensor.
+    def clip_grad_norm_(self, optimizers, max_norm, norm_type=2.0, which=0):
+        """Clips the global norm over all `optimizers`, of loss `which`, together; returns it, unscaled, as a 0-d device tensor.
 
         For halfstep optimizers the factor min(1, max_norm / (norm + 1e-6)) is folded into the next step and no gradient is
         written. Gradients of other optimizers are unscaled and multiplied in place.
         """
         optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+        entry = self._entry("clip_grad_norm_", which)
+        for optimizer in optimizers if self._rest else ():
+            self._entry_for("clip_grad_norm_", optimizer, which)
+        return entry._clip(optimizers, max_norm, norm_type)
+
+    def _clip(self, optimizers, max_norm, norm_type):
         if _needs_the_host(*optimizers):
-            return _outside_the_graph(GradScaler.clip_grad_norm_, self, optimizers, max_norm, norm_type)
+            return _outside_the_graph(GradScaler._clip, self, optimizers, max_norm, norm_type)
         if not max_norm >= 0:
             raise ValueError(f"clip_grad_norm_: max_norm is {max_norm}; expected a number >= 0")
         norms = [norm for optimizer in optimizers for norm in self._norms(optimizer, float(norm_type))]
@@ -412,7 +489,7 @@ class GradScaler(torch.amp.GradScaler):
         if self._enabled:
             self._check_scale_growth_tracker("clip_grad_norm_")
             if not _ours(optimizer) and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
-                self.unscale_(optimizer)
+                self._unscale(optimizer)
             stage = self._per_optimizer_states[id(optimizer)]["stage"]
         norms = []
         for device, (_, grads) in gradients(optimizer).items():
@@ -430,10 +507,27 @@ class GradScaler(torch.amp.GradScaler):
     # -- the update --------------------------------------------------------------------------------
     @torch.no_grad()
     def update(self, new_scale=None):
-        """Applies the policy to this iteration's found_inf, or sets the scale. Raises at the policy's limit, if that says so, when the host learns of it."""
+        """Applies the policy to this iteration's found_inf, or sets the scale. Raises at the policy's limit, if that says so, when the host learns of it.
+
+        Of several losses, each that something was unscaled or stepped with goes by what was found there, and the others stay;
+        new_scale sets all.
+        """
         if not self._enabled:
-            return self._forget_clips()
+            for entry in self._entries():
+                entry._forget_clips()
+            return
         self._check_scale_growth_tracker("update")
+        moved = self._used() if self._rest and new_scale is None else self._entries()
+        assert len(moved) > 0, "No inf checks were recorded prior to update."
+        for entry in moved:
+            entry._advance(new_scale)
+        if self._rest:
+            self._leave(moved)
+        for entry in moved:
+            if new_scale is None and policies.acts_on_host(entry._rule):
+                entry._act()  # last: what it raises leaves the scaler between two iterations
+
+    def _advance(self, new_scale):
         self._history.close()
         if new_scale is not None:
             value = new_scale if isinstance(new_scale, torch.Tensor) else torch.tensor(float(new_scale))
@@ -455,21 +549,19 @@ class GradScaler(torch.amp.GradScaler):
         self._per_optimizer_states.clear()
         self._forget_clips()
         self._fresh = True
-        if new_scale is None and policies.acts_on_host(self._rule):
-            self._act()  # last: what it raises leaves the scaler between two iterations
 
     def _act(self):
         """What the policy does on the host, for the updates that have arrived there."""
         arrived = list(self._arrivals.after(self._state))
         if isinstance(self._rule, policies.Policy):
-            scale = policies.advance_on_host(self._rule, self._user, self.stats()) if arrived else None
+            scale = policies.advance_on_host(self._rule, self._user, self._stats()) if arrived else None
             if scale is not None:
                 self._scale.fill_(scale)
                 self._state[SCALE] = self._scale
             return
         for numbers in arrived:
             if numbers is not None and callable(self._rule.on_limit):
-                self._rule.on_limit(self.stats())
+                self._rule.on_limit(self._stats())
             if numbers is not None and self._rule.on_limit == "raise":
                 raise RuntimeError(f"update: {policies.limit_message(self._rule, numbers)}")
 
@@ -479,8 +571,11 @@ class GradScaler(torch.amp.GradScaler):
         self._clipped.clear()
 
     # -- what is known -----------------------------------------------------------------------------
-    def stats(self):
-        """ScalerStats of the newest update that the device has finished; never waits."""
+    def stats(self, which=0):
+        """ScalerStats of the newest update of loss `which` that the device has finished; never waits."""
+        return self._entry("stats", which)._stats()
+
+    def _stats(self):
         if not self._enabled:
             return self._history.read(None, 1.0)
         if self._fresh:
@@ -488,17 +583,20 @@ class GradScaler(torch.amp.GradScaler):
         scale = self._init_scale if self._scale is None or self._scale.device.type == "cuda" else float(self._scale)
         return self._history.read(self._loaded_state, scale)
 
-    def tensor_stats(self):
+    def tensor_stats(self, which=0):
         """{parameter name: TensorStats} of that update, for the parameters that had a gradient; never waits."""
-        return self._history.read_tensors()
+        return self._entry("tensor_stats", which)._history.read_tensors()
 
     def step_was_skipped(self, optimizer=None):
         """Whether that optimizer's step, or any, was skipped since the last update but one. May synchronise."""
-        flags = list(self._found.values()) if optimizer is None else [f for k, f in self._found.items() if k == id(optimizer)]
+        flags = [f for entry in self._entries() for k, f in entry._found.items() if optimizer is None or k == id(optimizer)]
         return any(bool(f != 0) for f in flags)
 
     # -- numbers and checkpoints -------------------------------------------------------------------
     def _rebuild_policy(self):
+        for entry in self._rest:
+            entry._growth_factor, entry._backoff_factor, entry._growth_interval = self._growth_factor, self._backoff_factor, self._growth_interval
+            entry._rebuild_policy()
         if isinstance(self._rule, policies.Dynamic):
             self._rule = policies.replace(self._rule, growth_factor=self._growth_factor, backoff_factor=self._backoff_factor,
                                           growth_interval=self._growth_interval)
@@ -521,6 +619,14 @@ class GradScaler(torch.amp.GradScaler):
         """torch's five keys at top level, the whole state under "halfstep"; or that of another project (policies.FORMATS). Call it between iterations."""
         if not self._enabled:
             return {}
+        states = [entry._state_dict(format) for entry in self._entries()]
+        if format is not None:
+            return policies.export_losses(states, format)
+        if self._rest:
+            states[0]["halfstep"]["losses"] = states[1:]
+        return states[0]
+
+    def _state_dict(self, format):
         loaded = self._loaded_state if self._loaded_state is not None else H.init_scale_state(self._rule.vector())
         state = self._state if self._state is not None else loaded
         if format is not None:
@@ -539,9 +645,16 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return
-        state_dict = policies.import_state(state_dict, self._rule, format)
+        read = []
+        for entry, part in zip(self._entries(), policies.states_of_losses(state_dict, self.losses)):
+            part = policies.import_state(part, entry._rule, format)
+            read.append((entry, part, checkpoint.read_scaler_state(part, entry._rule)))
+        for entry, part, found in read:  # nothing is refused any more
+            entry._take(part, *found)
+
+    def _take(self, state_dict, rule, numbers, updates, user):
         before = self._updates
-        self._rule, numbers, updates, self._loaded_user = checkpoint.read_scaler_state(state_dict, self._rule)
+        self._rule, self._loaded_user = rule, user
         self._history.offset = (before if updates is None else updates) - int(numbers[APPLIED] + numbers[SKIPPED])
         self._init_scale, self._init_growth_tracker = numbers[SCALE], int(numbers[TRACKER])
         self._growth_factor, self._backoff_factor = float(state_dict["growth_factor"]), float(state_dict["backoff_factor"])
@@ -555,11 +668,12 @@ class GradScaler(torch.amp.GradScaler):
             self._state.copy_(self._loaded_state)
             self._scale.copy_(self._state[SCALE])
 
-    def get_scale(self):
-        """The scale as a Python number; synchronises on a GPU."""
+    def get_scale(self, which=0):
+        """The scale of loss `which` as a Python number; synchronises on a GPU."""
+        entry = self._entry("get_scale", which)
         if not self._enabled:
             return 1.0
-        return self._init_scale if self._scale is None else self._scale.item()
+        return entry._init_scale if entry._scale is None else entry._scale.item()
 
     def _get_growth_tracker(self):
         if not self._enabled:

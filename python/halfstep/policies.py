@@ -454,4 +454,4 @@ def rule_of(numbers, here=None):
 
 
 from ._presets import _PRESETS, preset  # noqa: E402, F401  they need the policies above
-from ._formats import FORMATS, detect_format, export_state, import_state  # noqa: E402, F401
+from ._formats import FORMATS, detect_format, export_losses, export_state, import_state, states_of_losses  # noqa: E402, F401

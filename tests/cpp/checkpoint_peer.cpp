@@ -1,6 +1,7 @@
 // The C++ half of tests/python/test_checkpoint.py and of tests/fixtures/make.py:
 //   checkpoint_peer train KIND FILE AFTER       trains, saves, trains on, saves
 //   checkpoint_peer resume KIND FILE AFTER      loads, trains on, saves
+//   checkpoint_peer losses FILE AFTER           loads a scaler of two losses, saves it
 //   checkpoint_peer golden FOLDER               the files of fixtures.h
 
 #include <halfstep/halfstep.h>
@@ -110,6 +111,12 @@ void run(const std::string& mode, const std::string& kind, const std::string& fi
   write(after, net, *opt, scaler, x, y, packed);
 }
 
+void copy_losses(const std::string& file, const std::string& after) {
+  GradScaler scaler(GradScalerOptions().losses(2));
+  scaler.load_state_dict(load(file));
+  save(scaler.state_dict(), after);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -118,6 +125,8 @@ int main(int argc, char** argv) {
   try {
     if (words.size() == 2 && words[0] == "golden") {
       fixtures::write_all(words[1] + "/");
+    } else if (words.size() == 3 && words[0] == "losses") {
+      copy_losses(words[1], words[2]);
     } else if (words.size() == 4 && (words[0] == "train" || words[0] == "resume")) {
       run(words[0], words[1], words[2], words[3]);
     } else {

@@ -217,3 +217,25 @@ def test_statistics_in_the_backward_are_the_bits_of_the_step(device):
             scaler.step(opt), scaler.update()
         runs.append(opt.master_params())
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.needs_gpu
+def test_scales_of_several_losses_never_wait_for_the_device(device):
+    params, first, _ = make(device)
+    others, second, _ = make(device, seed=1)
+    scaler = hs.GradScaler(init_scale=4.0, growth_interval=3, losses=2)
+    for which in (0, 1):
+        scaler.scale(torch.ones((), device=device), which)
+    scaler.step(first, which=0), scaler.step(second, which=1), scaler.update()
+    torch.cuda.synchronize()
+    others[0].grad[0] = float("inf")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            scaler.step(first, which=0), scaler.step(second, which=1)
+            scaler.update()
+            scaler.stats(0), scaler.stats(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert scaler.scales.tolist() == [8.0, 0.5]
+    assert [scaler.stats(which).steps_skipped for which in (0, 1)] == [0, 3]

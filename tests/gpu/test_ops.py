@@ -166,3 +166,16 @@ def test_2_to_the_31_elements(device):
     assert stats[1] == 4 and stats[3] == n - 1 and stats[5] == n
     opt.step()
     assert float(p.detach()[-1]) == -1.0 and float(p.detach()[-2]) == 0.0
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scale", [2.0**20, 0.3])
+def test_scale_gradient(device, dtype, scale):
+    grads = []
+    for place in (torch.device("cpu"), device):
+        for upstream in layouts(mixed_grads(dtype, 3).nan_to_num(0, 0, 0)):
+            x = torch.zeros_like(upstream).to(place).requires_grad_()
+            hs.functional.scale_gradient(x, torch.tensor(scale, device=place)).backward(upstream.to(place))
+            grads.append(x.grad.cpu())
+    half = len(grads) // 2
+    assert all(same(a, b) for a, b in zip(grads[:half], grads[half:])) and grads[0].isfinite().any()

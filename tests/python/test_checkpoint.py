@@ -226,6 +226,24 @@ def test_cpp_goes_on_where_python_stopped(kind, peer, one_thread, tmp_path):
     assert same(checkpoint_of(model, optimizer, scaler, x, y, kind in PACKED), after)
 
 
+def test_cpp_reads_and_writes_the_scales_of_several_losses(peer, tmp_path):
+    scaler = hs.GradScaler(growth_interval=2, losses=2)
+    for i, which in enumerate((0, 1, 1, 1, 0)):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = hs.optim.SGD([p], lr=0.1)
+        (scaler.scale(p.sum(), which) * (math.inf if i == 4 else 1.0)).backward()
+        scaler.step(optimizer, which=which)
+        scaler.update()
+    assert scaler.scales.tolist() == [2.0**15, 2.0**17]
+    hs.save(scaler.state_dict(), tmp_path / "saved.pt")
+    peer("losses", tmp_path / "saved.pt", tmp_path / "after.pt")
+    after = hs.load(tmp_path / "after.pt")
+    assert same(after, scaler.state_dict())
+    other = hs.GradScaler(losses=2)
+    other.load_state_dict(after)
+    assert [other.get_scale(k) for k in (0, 1)] == [2.0**15, 2.0**17]
+
+
 # -- files -----------------------------------------------------------------------------------------
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "run.pt"

@@ -551,3 +551,37 @@ def test_a_compiled_step_clears_the_autocast_cache():
         return [p.detach() for p in net.parameters()]
 
     same(run(True), run(False))
+
+
+class Losses(Run):
+    """Two optimizers with the gradients of two losses, each with a scale of its own."""
+
+    def __init__(self, **kw):
+        super().__init__(optimizers=1, **kw)
+        self.other = network(self.dtype, seed=5)
+        self.optimizers.append(hs.optim.AdamW(list(self.other.named_parameters()), lr=fp64()))
+        self.scaler = hs.GradScaler(growth_interval=3, losses=2)
+
+    def iterate(self, x, y):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        first = self.loss(x, y)
+        with hs.autocast("cpu", dtype=self.dtype):
+            second = self.other(x.nan_to_num(posinf=1)).float().square().mean() * 2.0**12
+        self.scaler.scale(first, which=0).backward()
+        self.scaler.scale(second, which=1).backward()
+        norm = self.scaler.clip_grad_norm_(self.optimizers[1], 0.5, which=1)
+        for which, optimizer in enumerate(self.optimizers):
+            self.scaler.step(optimizer, which=which)
+        self.scaler.update()
+        return first.detach(), norm
+
+
+def test_two_losses_with_scales_of_their_own_are_one_graph_and_bit_equal_to_eager():
+    twin, ours = Losses().go(), Losses().go(backend="aot_eager")
+    same_run(ours, twin)
+    same([v for s in ours.scaler.scales for v in (s,)], [v for s in twin.scaler.scales for v in (s,)])
+    same([p.detach() for p in ours.other.parameters()], [p.detach() for p in twin.other.parameters()])
+    assert str([ours.scaler.stats(k) for k in (0, 1)]) == str([twin.scaler.stats(k) for k in (0, 1)])
+    assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
+    assert ours.scaler.stats(0).steps_skipped == 2 and ours.scaler.get_scale(0) != ours.scaler.get_scale(1)

@@ -56,6 +56,17 @@ def overflow():
     hs.optim.SGD([("fc.weight", p)], lr=1000.0).step()
 
 
+def two_losses(unscale):
+    p = P()
+    opt, scaler = hs.optim.SGD([p], lr=1.0), hs.GradScaler(losses=2)
+    for which in (0, 1):
+        scaler.scale(p.sum(), which).backward()
+        if unscale:
+            scaler.unscale_(opt, which)
+    scaler.step(opt, which=1)
+    scaler.update()
+
+
 def cast_late():
     model = torch.nn.Linear(2, 2)
     opt = hs.optim.SGD(model.parameters(), lr=0.1)
@@ -223,6 +234,11 @@ PROVOKE = {
     "policy and number": lambda: hs.GradScaler(init_scale=2.0, policy=hs.policies.Static(2.0)),
     "unknown preset": lambda: hs.policies.preset("nope"),
     "SkipAware on torch's scaler": lambda: hs.lr_scheduler.SkipAware(None, torch.amp.GradScaler("cpu")),
+    "no such loss": lambda: hs.GradScaler(losses=2).scale(torch.ones(()), which=2),
+    "two losses in one optimizer": lambda: two_losses(unscale=True),
+    "a loss that nothing was stepped with": lambda: two_losses(unscale=False),
+    "state of another number of losses": lambda: hs.GradScaler().load_state_dict(hs.GradScaler(losses=2).state_dict()),
+    "scale of another size": lambda: hs.functional.scale_gradient(torch.ones(2), torch.ones(2)),
     "float lr under capture": captured(lambda p, opt: None, 0.1),
     "frozen under capture": captured(lambda p, opt: opt.add_param_group({"params": [P()]}), torch.tensor(0.1)),
     "edited under capture": captured(lambda p, opt: p.detach().mul_(2), torch.tensor(0.1)),

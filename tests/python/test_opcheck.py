@@ -106,6 +106,16 @@ def samples_init_scale_state():
     yield (policy(),), {}
 
 
+def samples_scale_gradient():
+    for dtype in FLOATS:
+        for shape in ((5, 3), (), (0, 2)):
+            yield (torch.randn(shape).to(dtype).requires_grad_(), torch.tensor(8.0)), {}
+    yield (torch.randn(6, 4)[::2, 1:].half().requires_grad_(), torch.tensor([2.0**20], dtype=torch.float64)), {}
+
+
+samples_scale_gradient_backward = samples_scale_gradient
+
+
 def step_samples(states, **numbers):
     """Every master mode; in one of them EMA and zeroed gradients; 16-bit and int8 states where the update is in FP32."""
     control = lambda grads: H.step_control([H.grad_stats(grads, [])], torch.tensor(2.0), None, None, 1.0)

@@ -21,12 +21,15 @@ class HALFSTEP_API GradScalerOptions {
   /// Without it: the device of the first loss.
   GradScalerOptions& device(c10::Device device);
   GradScalerOptions& enabled(bool value);
+  /// So many scales of the one policy, each with a state of its own.
+  GradScalerOptions& losses(int64_t count);
 
  private:
   friend class GradScaler;
   policies::Rule rule_ = policies::Dynamic();
   std::optional<c10::Device> device_;
   bool enabled_ = true;
+  int64_t losses_ = 1;
 };
 
 /// The newest update that the device has finished, as numbers.
@@ -63,6 +66,8 @@ struct TensorStats {
 ///   scaler.scale(loss).backward();  scaler.step(opt);  scaler.update();
 /// halfstep optimizers unscale inside their step and need no synchronisation; any other
 /// torch::optim::Optimizer is unscaled in place, which costs one.
+/// Of several losses, `which` says whose scale a loss gets, and which one the gradients of an
+/// optimizer carry; update() moves those that something was unscaled or stepped with.
 class HALFSTEP_API GradScaler {
  public:
   GradScaler(GradScalerOptions options = {});  // NOLINT: GradScaler scaler;
@@ -71,28 +76,30 @@ class HALFSTEP_API GradScaler {
   GradScaler& operator=(GradScaler&&) noexcept;
 
   /// loss * scale; a 16-bit loss is scaled in FP32.
-  at::Tensor scale(const at::Tensor& loss);
+  at::Tensor scale(const at::Tensor& loss, int64_t which = 0);
   /// Divides the optimizer's gradients by the scale; 16-bit gradients of halfstep optimizers become
   /// FP32.
-  void unscale_(torch::optim::Optimizer& optimizer);
+  void unscale_(torch::optim::Optimizer& optimizer, int64_t which = 0);
   /// The optimizer's step unless a gradient is non-finite. The closure, which scales the loss that
   /// it calls backward on and returns the plain one, is evaluated before it; an optimizer of torch
   /// may evaluate it again (LBFGS), and a non-finite gradient then takes the whole step back.
   at::Tensor step(torch::optim::Optimizer& optimizer,
-                  const torch::optim::Optimizer::LossClosure& closure = nullptr);
-  /// Applies the policy to what this iteration found, or sets the scale. Throws at the policy's
+                  const torch::optim::Optimizer::LossClosure& closure = nullptr, int64_t which = 0);
+  /// Applies the policy to what this iteration found, or sets all scales. Throws at the policy's
   /// limit, when the host learns of it, under OnLimit::kRaise.
   void update(std::optional<double> new_scale = std::nullopt);
   /// Global norm over all `optimizers`, unscaled; the factor is folded into the step of halfstep
   /// optimizers.
   at::Tensor clip_grad_norm_(const std::vector<torch::optim::Optimizer*>& optimizers,
-                             double max_norm, double norm_type = 2.0);
+                             double max_norm, double norm_type = 2.0, int64_t which = 0);
 
-  double get_scale() const;
-  const at::Tensor& scale_tensor() const;
-  ScalerStats stats() const;  ///< never waits for a device
+  int64_t losses() const;
+  double get_scale(int64_t which = 0) const;
+  const at::Tensor& scale_tensor(int64_t which = 0) const;
+  at::Tensor scales() const;                   ///< of all losses, float32 [losses] on their device
+  ScalerStats stats(int64_t which = 0) const;  ///< never waits for a device
   /// By name, of the parameters that had a gradient; never waits for a device.
-  std::map<std::string, TensorStats> tensor_stats() const;
+  std::map<std::string, TensorStats> tensor_stats(int64_t which = 0) const;
   bool step_was_skipped() const;
   bool step_was_skipped(const torch::optim::Optimizer& optimizer) const;
   bool is_enabled() const;

@@ -6,6 +6,7 @@
 #include "cast.h"
 #include "checkpoint.h"
 #include "cuda.h"
+#include "functional.h"
 #include "grad_scaler.h"
 #include "optim.h"
 #include "overrides.h"
