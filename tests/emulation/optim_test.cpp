@@ -355,8 +355,9 @@ TEST_CASE("lion and adagrad on the device are bit-equal to the CPU kernels", "[o
 
 TEST_CASE("lamb and novograd on the device agree with the CPU kernels", "[optim]") {
   for (const Mode& mode : kModes) {
-    compare<math::LambRule>({0.9, 0.999, 1e-6, 1e-2, true, true, false, false}, mode, false,
-                            mode.ema || mode.states != StateKind::kWide ? Orders::kThree : Orders::kAll);
+    compare<math::LambRule>(
+        {0.9, 0.999, 1e-6, 1e-2, true, true, false, false}, mode, false,
+        mode.ema || mode.states != StateKind::kWide ? Orders::kThree : Orders::kAll);
     compare<math::NovoGradRule>({0.95, 0.98, 1e-8, 1e-3, false, false}, mode, false);
   }
 }

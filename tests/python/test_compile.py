@@ -11,6 +11,8 @@ from torch._dynamo.utils import counters
 
 import halfstep as hs
 
+pytestmark = pytest.mark.slow
+
 MODES = [(torch.float16, "split16"), (torch.float16, "fp32"), (torch.float16, "fp64"), (torch.float16, "none"), (torch.bfloat16, "split16"),
          (torch.bfloat16, "fp32"), (torch.float32, "none"), (torch.float32, "fp64")]
 

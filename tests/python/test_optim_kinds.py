@@ -9,6 +9,8 @@ import torch
 
 import halfstep as hs
 
+pytestmark = pytest.mark.slow
+
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MASTERS = ["none", "split16", "fp32", "fp64", "split8", "kahan", "stochastic"]
 STATES = ["fp32", "bf16", "int8"]
