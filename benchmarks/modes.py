@@ -22,7 +22,7 @@ import torch
 import halfstep as hs
 from common import median_ms, write
 
-TOTAL, TENSORS, ROUNDS = 40_960_000, 4, 7
+TOTAL, TENSORS, ROUNDS = 40_960_000, 4, 5
 OURS = {
     "FP16, split16": (torch.float16, {}),
     "FP16, split16, BF16 states": (torch.float16, {"states": "bf16"}),

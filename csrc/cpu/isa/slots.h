@@ -256,8 +256,12 @@ bool with_common_slot(const StepTensor& tensor, const Body& body) {
         return body(Slot<F32, Dtype::kF16, MasterKind::kSplit16>{}), true;
       if (tensor.master_kind == MasterKind::kF32)
         return body(Slot<F32, Dtype::kF16, MasterKind::kF32>{}), true;
+      if (tensor.master_kind == MasterKind::kNone)
+        return body(Slot<F32, Dtype::kF16, MasterKind::kNone>{}), true;
       return false;
     case Dtype::kBF16:
+      if (tensor.master_kind == MasterKind::kNone)
+        return body(Slot<F32, Dtype::kBF16, MasterKind::kNone>{}), true;
       if (tensor.master_kind != MasterKind::kSplit16) return false;
       return body(Slot<F32, Dtype::kBF16, MasterKind::kSplit16>{}), true;
     case Dtype::kF32:
