@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 
-from ._library import H, grad_stats
+from ._library import grad_stats
 from ._room import capturing, names_of, warn
 
 STATE_ENTRIES, ROW = 16, 8

@@ -11,7 +11,7 @@ from torch.amp.grad_scaler import OptState
 from . import checkpoint, optim, policies
 from ._library import H, fence, grad_stats
 from ._room import warn
-from ._stats import APPLIED, SCALE, SKIPPED, TRACKER, History, ScalerStats, gradients, members, stats_of
+from ._stats import APPLIED, SCALE, SKIPPED, TRACKER, History, gradients, members, stats_of
 
 _SIXTEEN = (torch.float16, torch.bfloat16)
 

@@ -9,7 +9,7 @@ from . import checkpoint
 from ._backward import BackwardStats
 from ._library import H, fence, grad_stats
 from ._modes import describe, mode, plain_mode
-from ._room import LIMIT, MASTERS, SIXTEEN, STATES, Room, Turn, capturing, check_fits, check_parameter, dtype_name, master_dtype, names_of, own, take_exact, warn_edited, warn_overflow
+from ._room import LIMIT, MASTERS, SIXTEEN, STATES, Room, Turn, capturing, check_fits, check_parameter, dtype_name, names_of, own, take_exact, warn_edited, warn_overflow
 from ._stats import Names
 
 
