@@ -3,10 +3,11 @@
 // Typed calls of the registered ops, for the classes above them. Each looks its op up once.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <optional>
 #include <vector>
+
+#include "../ops/dispatch.h"
 
 namespace halfstep::api {
 
@@ -14,10 +15,7 @@ using Tensors = at::TensorList;
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalTensors = c10::List<OptionalTensor>;
 
-template <class Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
+using ops::find_op;
 
 inline at::Tensor grad_stats(const OptionalTensors& grads, Tensors table = {}) {
   static const auto op =

@@ -2,7 +2,6 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
@@ -10,6 +9,7 @@
 #include <torch/library.h>
 
 #include "check.h"
+#include "dispatch.h"
 
 // The loss scale: one state machine on the device (csrc/math/scale.h). And a scale for gradients in
 // the middle of a graph, which autograd carries to where it is divided out.
@@ -70,9 +70,8 @@ void check_scale_gradient(const char* op, const char* name, const at::Tensor& x,
 }
 
 at::Tensor call_backward(const at::Tensor& grad, const at::Tensor& scale) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("halfstep::scale_gradient_backward", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
+  static const auto op = find_op<at::Tensor(const at::Tensor&, const at::Tensor&)>(
+      "halfstep::scale_gradient_backward");
   return op.call(grad, scale);
 }
 

@@ -5,7 +5,7 @@ from . import cli
 cli.explain_if_broken()
 
 from ._library import _C, PACKAGE, cuda_status
-from . import functional, lr_scheduler, optim, policies
+from . import functional, lr_scheduler, nn, optim, policies
 from ._stats import ScalerStats, TensorStats
 from .amp import GradScaler, autocast
 from .cast import CastReport, cast_model, evaluate_in, export_state_dict, load_state_dict
@@ -30,4 +30,4 @@ def doctor():
 
 
 __all__ = ["CastReport", "GradScaler", "ScalerStats", "SimResult", "TensorStats", "autocast", "cast_model", "cmake_prefix_path", "cuda_status", "doctor", "evaluate_in",
-           "export_state_dict", "functional", "include_path", "load", "load_state_dict", "lr_scheduler", "optim", "policies", "record", "save", "set_overrides", "simulate"]
+           "export_state_dict", "functional", "include_path", "load", "load_state_dict", "lr_scheduler", "nn", "optim", "policies", "record", "save", "set_overrides", "simulate"]

@@ -8,6 +8,7 @@
 #include "cuda.h"
 #include "functional.h"
 #include "grad_scaler.h"
+#include "nn.h"
 #include "optim.h"
 #include "overrides.h"
 #include "policies.h"

@@ -1,4 +1,4 @@
-#include <halfstep/functional.h>
+#include <halfstep/functional/scale_gradient.h>
 
 #include <ATen/ops/full.h>
 

@@ -1,8 +1,8 @@
-"""Layer functions, with torch.nn.functional's conventions."""
+"""A scale for gradients in the middle of a graph."""
 
 import torch
 
-from ._library import H
+from .._library import H
 
 
 def scale_gradient(x, scale):
