@@ -76,7 +76,18 @@ def policies(result):
     return "\n".join(lines)
 
 
-TABLES = {"backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
+def layers(result):
+    names = {"fp16": "FP16", "fp32": "FP32", "fp16_compiled": "FP16 compiled", "fp32_compiled": "FP32 compiled"}
+    lines = [f"Forward + backward, median of interleaved rounds; × is how many times quicker than the quickest of torch in the same round; {result['device']}; "
+             f"torch {result['versions']['torch']}, {result['date']}.", "",
+             "| CPU | case | halfstep FP16 | " + " | ".join(f"torch {n}" for n in names.values()) + " | × |", "| --- " * (4 + len(names)) + "|"]
+    for r in result["rows"]:
+        times = [f"{r[k + '_ms']:.2f} ms" if k + "_ms" in r else "–" for k in names]
+        lines.append(f"| {r['environment']} | {r['case']} | {r['ours_ms']:.2f} ms | {' | '.join(times)} | {r['ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+TABLES = {"layers": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
 
 
 def main():
