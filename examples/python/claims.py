@@ -4,7 +4,7 @@
 
 On scikit-learn's digits, FP16 weights, three seeds, each beside FP32:
 
-  scale          gradients need a loss scale: seven sigmoid layers of 64, Adam 5e-3, full batch, S = 1 or dynamic
+  scale          gradients need a loss scale: seven sigmoid layers of 64, Adam 5e-3, full batch, S = 1, dynamic, or a scale for each layer's product (Ada-Loss)
   master         updates need an exact weight: 64-64-10, SGD with momentum 0.9 at lr 1e-4, no master or split16
   accumulation   sums need FP32: the gradient of 1,400 images in batches of one, summed in FP16 or in FP32
 
@@ -25,8 +25,11 @@ from train_digits import Arm, Progress, digits, sigmoid_net
 
 def scale(seed, data, name, progress):
     torch.manual_seed(seed)
-    policy = {"S = 1": hs.policies.Static(1.0), "dynamic S": hs.policies.Dynamic(growth_interval=100)}.get(name)
-    arm = Arm("fp32" if policy is None else "mixed", sigmoid_net(), "cpu", optimizer="Adam", policy=policy, lr=5e-3)
+    policy = {"FP32": None, "dynamic S": hs.policies.Dynamic(growth_interval=100)}.get(name, hs.policies.Static(1.0))
+    net = sigmoid_net()
+    if name == "Ada-Loss, S = 1":
+        hs.ada_loss_(net, every=50, total=2.0**16)
+    arm = Arm("fp32" if policy is None else "mixed", net, "cpu", optimizer="Adam", policy=policy, lr=5e-3)
     x, y, test_x, test_y = data
     for _ in range(800):
         arm.step(x, y)
@@ -83,7 +86,7 @@ def accumulation(seed, data, name, progress):
 
 
 CLAIMS = {
-    "scale": (scale, ("FP32", "S = 1", "dynamic S"), "test accuracy, %"),
+    "scale": (scale, ("FP32", "S = 1", "dynamic S", "Ada-Loss, S = 1"), "test accuracy, %"),
     "master": (master, ("FP32", "none", "split16"), "training loss"),
     "accumulation": (accumulation, ("FP32", "summed in FP16", "summed in FP32"), "relative error of the gradient"),
 }

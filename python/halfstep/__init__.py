@@ -7,6 +7,7 @@ cli.explain_if_broken()
 from ._library import _C, PACKAGE, cuda_status
 from . import functional, lr_scheduler, nn, optim, policies
 from ._stats import ScalerStats, TensorStats
+from .ada_loss import ada_loss_
 from .amp import GradScaler, autocast
 from .cast import CastReport, cast_model, evaluate_in, export_state_dict, load_state_dict
 from .checkpoint import load, save
@@ -29,5 +30,5 @@ def doctor():
     return doctor()
 
 
-__all__ = ["CastReport", "GradScaler", "ScalerStats", "SimResult", "TensorStats", "autocast", "cast_model", "cmake_prefix_path", "cuda_status", "doctor", "evaluate_in",
+__all__ = ["CastReport", "GradScaler", "ScalerStats", "SimResult", "TensorStats", "ada_loss_", "autocast", "cast_model", "cmake_prefix_path", "cuda_status", "doctor", "evaluate_in",
            "export_state_dict", "functional", "include_path", "load", "load_state_dict", "lr_scheduler", "nn", "optim", "policies", "record", "save", "set_overrides", "simulate"]

@@ -15,6 +15,11 @@ def arms(run, names):
     return {name: run(0, data, name, lambda: None) for name in names}
 
 
+@pytest.mark.slow
+def test_ada_loss_trains_where_one_fixed_scale_does_not():
+    assert arms(claims.scale, ("Ada-Loss, S = 1",))["Ada-Loss, S = 1"] > 80  # S = 1 alone: chance
+
+
 def test_updates_need_an_exact_weight():
     loss = arms(claims.master, ("FP32", "none", "split16"))
     assert loss["none"] > loss["FP32"] + 0.01  # most of its updates round to nothing
