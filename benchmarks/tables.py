@@ -87,7 +87,13 @@ def layers(result):
     return "\n".join(lines)
 
 
-TABLES = {"layers": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
+def gpt(result):
+    lines = [f"One training step of a GPT of 4 layers, width 256, 8 × 256 tokens, vocabulary 8,192: forward, backward, clip, AdamW; median of interleaved rounds; {result['device']}; "
+             f"torch {result['versions']['torch']}, {result['date']}.", "", "| | time | over halfstep's |", "| --- " * 3 + "|"]
+    return "\n".join(lines + [f"| {r['arm']} | {r['ms']:.1f} ms | {r['ratio']:.2f} |" for r in result["rows"]])
+
+
+TABLES = {"gpt": gpt, "layers": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
 
 
 def main():

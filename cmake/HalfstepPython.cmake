@@ -11,7 +11,8 @@ else()
   find_package(pybind11 CONFIG REQUIRED)
   pybind11_add_module(halfstep_python MODULE python/bindings.cpp)
 endif()
-target_link_libraries(halfstep_python PRIVATE halfstep_flags halfstep)
+# torch's conversion of tensors to Python objects and back.
+target_link_libraries(halfstep_python PRIVATE halfstep_flags halfstep "${TORCH_DIR}/lib/libtorch_python.so")
 target_compile_definitions(
   halfstep_python PRIVATE HALFSTEP_TORCH_VERSION="${HALFSTEP_TORCH_VERSION}"
                           HALFSTEP_CUDA_REASON="${HALFSTEP_CUDA_REASON}"

@@ -3,8 +3,10 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <halfstep/cuda.h>
+#include <halfstep/nonfinite.h>
 #include <halfstep/overrides.h>
 #include <halfstep/version.h>
 
@@ -21,4 +23,30 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_overrides", &halfstep::set_overrides, pybind11::arg("enabled"));
   m.def("overrides_enabled", &halfstep::overrides_enabled);
   m.def("cpu_path", &halfstep::cpu_path);
+
+  using halfstep::NonFinite;
+  using halfstep::NonFiniteFinder;
+  pybind11::class_<NonFinite>(m, "NonFinite")
+      .def_readonly("producer", &NonFinite::producer)
+      .def_readonly("phase", &NonFinite::phase)
+      .def_readonly("module", &NonFinite::module)
+      .def_readonly("call", &NonFinite::call)
+      .def_readonly("op", &NonFinite::op)
+      .def_readonly("node", &NonFinite::node)
+      .def_readonly("role", &NonFinite::role)
+      .def_readonly("tensor", &NonFinite::tensor)
+      .def_readonly("index", &NonFinite::index)
+      .def_readonly("value", &NonFinite::value)
+      .def_readonly("dtype", &NonFinite::dtype)
+      .def_readonly("largest_input", &NonFinite::largest_input)
+      .def_readonly("swallowed_by", &NonFinite::swallowed_by)
+      .def("__str__", &NonFinite::message);
+  // Other threads run while it looks: a backward on a device has its own.
+  pybind11::class_<NonFiniteFinder>(m, "NonFiniteFinder")
+      .def(pybind11::init<const NonFiniteFinder::Named&>(), pybind11::arg("parameters"))
+      .def("enter", &NonFiniteFinder::enter)
+      .def("leave", &NonFiniteFinder::leave)
+      .def("set_phase", &NonFiniteFinder::set_phase)
+      .def("finish", &NonFiniteFinder::finish,
+           pybind11::call_guard<pybind11::gil_scoped_release>());
 }

@@ -6,6 +6,7 @@ cli.explain_if_broken()
 
 from ._library import _C, PACKAGE, cuda_status
 from . import functional, lr_scheduler, nn, optim, policies
+from ._nonfinite import NonFinite, find_nonfinite
 from ._stats import ScalerStats, TensorStats
 from .ada_loss import ada_loss_
 from .amp import GradScaler, autocast
@@ -30,5 +31,5 @@ def doctor():
     return doctor()
 
 
-__all__ = ["CastReport", "GradScaler", "ScalerStats", "SimResult", "TensorStats", "ada_loss_", "autocast", "cast_model", "cmake_prefix_path", "cuda_status", "doctor", "evaluate_in",
-           "export_state_dict", "functional", "include_path", "load", "load_state_dict", "lr_scheduler", "nn", "optim", "policies", "record", "save", "set_overrides", "simulate"]
+__all__ = ["CastReport", "GradScaler", "NonFinite", "ScalerStats", "SimResult", "TensorStats", "ada_loss_", "autocast", "cast_model", "cmake_prefix_path", "cuda_status", "doctor", "evaluate_in",
+           "export_state_dict", "find_nonfinite", "functional", "include_path", "load", "load_state_dict", "lr_scheduler", "nn", "optim", "policies", "record", "save", "set_overrides", "simulate"]

@@ -9,6 +9,7 @@
 #include "functional.h"
 #include "grad_scaler.h"
 #include "nn.h"
+#include "nonfinite.h"
 #include "optim.h"
 #include "overrides.h"
 #include "policies.h"
