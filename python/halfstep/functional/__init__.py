@@ -1,5 +1,6 @@
 """Layer functions, with torch.nn.functional's names and conventions. Each is one op of torch.ops.halfstep, with one rounding."""
 
+from ._norm import layer_norm, rms_norm
 from ._scale_gradient import scale_gradient
 
-__all__ = ["scale_gradient"]
+__all__ = ["layer_norm", "rms_norm", "scale_gradient"]

@@ -1,0 +1,153 @@
+#pragma once
+
+// What every backend of LayerNorm and RMSNorm asks of its arguments, and the tensors they return.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+
+namespace halfstep::ops {
+
+/// x as rows of what is normalised together.
+struct NormSizes {
+  c10::SymIntArrayRef leading;
+  c10::SymInt rows = 1, columns = 1;
+};
+
+inline NormSizes norm_sizes(const char* op, const char* name, const at::Tensor& x,
+                            c10::SymIntArrayRef normalized_shape) {
+  const auto sizes = x.sym_sizes();
+  const size_t count = normalized_shape.size();
+  TORCH_CHECK(count > 0, op, ": normalized_shape is []; expected at least one dimension");
+  TORCH_CHECK(count <= sizes.size() && sizes.slice(sizes.size() - count) == normalized_shape, op,
+              ": ", name, " is ", describe(x), " but normalized_shape is ", normalized_shape);
+  NormSizes result;
+  result.leading = sizes.slice(0, sizes.size() - count);
+  for (const auto& size : result.leading) result.rows = result.rows * size;
+  for (const auto& size : normalized_shape) result.columns = result.columns * size;
+  return result;
+}
+
+/// FP64 for FP64, else FP32.
+inline at::ScalarType norm_compute_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_norm_float(const char* op, const char* name, const at::Tensor& x) {
+  TORCH_CHECK(is_supported_float(x.scalar_type()), op, ": ", name, " is ", describe(x),
+              "; expected float16, bfloat16, float32 or float64");
+  TORCH_CHECK(x.layout() == at::kStrided, op, ": ", name, " is sparse or of another layout (",
+              x.layout(), "); only dense tensors are supported");
+}
+
+/// Weight or bias: x's dtype or float32.
+inline void check_norm_parameter(const char* op, const char* name,
+                                 const std::optional<at::Tensor>& parameter, const at::Tensor& x,
+                                 c10::SymIntArrayRef normalized_shape) {
+  if (!parameter) return;
+  check_norm_float(op, name, *parameter);
+  TORCH_CHECK(parameter->sym_sizes() == normalized_shape, op, ": ", name, " is ",
+              describe(*parameter), " but normalized_shape is ", normalized_shape);
+  TORCH_CHECK(
+      parameter->scalar_type() == x.scalar_type() || parameter->scalar_type() == at::kFloat, op,
+      ": ", name, " is ", describe(*parameter), " but x is ", describe(x),
+      "; expected x's dtype or float32");
+  check_device(op, {name}, *parameter, {"x"}, x);
+}
+
+/// Tensors that meet in one sum: FP64 with FP64 only.
+inline void check_norm_like(const char* op, const char* name, const at::Tensor& tensor,
+                            const char* reference_name, const at::Tensor& reference) {
+  check_norm_float(op, name, tensor);
+  TORCH_CHECK(tensor.sym_sizes() == reference.sym_sizes(), op, ": ", name, " is ", describe(tensor),
+              " but ", reference_name, " is ", describe(reference));
+  TORCH_CHECK(norm_compute_type(tensor) == norm_compute_type(reference), op, ": ", name, " is ",
+              describe(tensor), " but ", reference_name, " is ", describe(reference),
+              "; float64 goes with float64 only");
+  check_device(op, {name}, tensor, {reference_name}, reference);
+}
+
+inline NormSizes check_norm(const char* op, const at::Tensor& x,
+                            c10::SymIntArrayRef normalized_shape,
+                            const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& bias, double eps,
+                            const std::optional<at::Tensor>& residual) {
+  check_norm_float(op, "x", x);
+  const NormSizes sizes = norm_sizes(op, "x", x, normalized_shape);
+  check_norm_parameter(op, "weight", weight, x, normalized_shape);
+  check_norm_parameter(op, "bias", bias, x, normalized_shape);
+  TORCH_CHECK(eps >= 0, op, ": eps is ", eps, "; expected 0 or more");
+  if (residual) check_norm_like(op, "residual", *residual, "x", x);
+  return sizes;
+}
+
+inline NormSizes check_norm_backward(const char* op, const at::Tensor& grad_y,
+                                     const std::optional<at::Tensor>& grad_residual_out,
+                                     const at::Tensor& input, c10::SymIntArrayRef normalized_shape,
+                                     const std::optional<at::Tensor>& weight,
+                                     const std::optional<at::Tensor>& bias,
+                                     const std::optional<at::Tensor>& mean,
+                                     const at::Tensor& rstd) {
+  check_norm_float(op, "input", input);
+  const NormSizes sizes = norm_sizes(op, "input", input, normalized_shape);
+  check_norm_like(op, "grad_y", grad_y, "input", input);
+  check_norm_parameter(op, "weight", weight, grad_y, normalized_shape);
+  check_norm_parameter(op, "bias", bias, grad_y, normalized_shape);
+  if (grad_residual_out) {
+    check_norm_like(op, "grad_residual_out", *grad_residual_out, "input", input);
+    TORCH_CHECK(grad_residual_out->scalar_type() == input.scalar_type(), op,
+                ": grad_residual_out is ", describe(*grad_residual_out), " but input is ",
+                describe(input));
+  }
+  const auto check_moment = [&](const char* name, const at::Tensor& moment) {
+    TORCH_CHECK(
+        moment.sym_sizes() == sizes.leading && moment.scalar_type() == norm_compute_type(input) &&
+            moment.is_contiguous(),
+        op, ": ", name, " is ", describe(moment), "; expected contiguous ",
+        norm_compute_type(input), sizes.leading);
+    check_device(op, {name}, moment, {"input"}, input);
+  };
+  if (mean) check_moment("mean", *mean);
+  check_moment("rstd", rstd);
+  return sizes;
+}
+
+/// y, residual_out, mean, rstd; empty where there is none.
+using NormOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+inline NormOutputs empty_norm_outputs(const at::Tensor& x,
+                                      const std::optional<at::Tensor>& residual,
+                                      const NormSizes& sizes, bool centred) {
+  const auto wide = x.options().dtype(norm_compute_type(x));
+  const c10::SymInt none[] = {0};
+  return {at::empty_symint(x.sym_sizes(), x.options()),
+          residual ? at::empty_symint(x.sym_sizes(), residual->options())
+                   : at::empty_symint(none, x.options()),
+          at::empty_symint(centred ? sizes.leading : c10::SymIntArrayRef(none), wide),
+          at::empty_symint(sizes.leading, wide)};
+}
+
+/// Gradients of x (grad_y's dtype), of what was normalised (its dtype), of weight and of bias;
+/// empty where they are not asked for.
+inline NormOutputs empty_norm_gradients(const at::Tensor& grad_y, const at::Tensor& input,
+                                        const std::optional<at::Tensor>& weight,
+                                        const std::optional<at::Tensor>& bias,
+                                        const std::array<bool, 4>& mask) {
+  const c10::SymInt none[] = {0};
+  const auto like = [&](bool wanted, const at::Tensor& tensor) {
+    return at::empty_symint(wanted ? tensor.sym_sizes() : c10::SymIntArrayRef(none),
+                            tensor.options());
+  };
+  return {like(mask[0], grad_y), like(mask[1], input),
+          like(mask[2] && weight, weight ? *weight : grad_y),
+          like(mask[3] && bias, bias ? *bias : grad_y)};
+}
+
+}  // namespace halfstep::ops
