@@ -125,4 +125,41 @@ Status refresh_masters(const Table& table, bool dry_run, int64_t* counts, Stream
 Status read_state(const Table& table, bool is_signed, Stream stream);
 Status write_state(const Table& table, bool is_signed, uint32_t random, Stream stream);
 
+// ---- norm --------------------------------------------------------------------------------------
+/// LayerNorm (mean given) and RMSNorm (mean null) of contiguous rows; csrc/math/norm.h. T is double
+/// where x is FP64, else float. weight and bias may be null.
+struct NormForward {
+  const void* x = nullptr;         ///< [rows, n]
+  const void* residual = nullptr;  ///< or null: then x is what is normalised
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+  void* y = nullptr;             ///< x's dtype
+  void* residual_out = nullptr;  ///< x + residual in the residual's dtype
+  void* mean = nullptr;          ///< T [rows]
+  void* rstd = nullptr;          ///< T [rows]
+  math::Dtype x_dtype = {}, residual_dtype = {}, weight_dtype = {}, bias_dtype = {};
+  int64_t rows = 0, n = 0;
+  double eps = 0, weight_offset = 0;
+};
+Status norm_forward(const NormForward& work, Stream stream);
+
+struct NormBackward {
+  const void* grad_y = nullptr;         ///< [rows, n]
+  const void* grad_residual = nullptr;  ///< gradient of residual_out, input's dtype, or null
+  const void* input = nullptr;          ///< what was normalised
+  const void* weight = nullptr;
+  const void* mean = nullptr;  ///< T [rows]
+  const void* rstd = nullptr;  ///< T [rows]
+  void* grad_x = nullptr;      ///< grad_y's dtype, or null
+  void* grad_input = nullptr;  ///< the same in input's dtype, or null
+  void* grad_weight = nullptr;
+  void* grad_bias = nullptr;
+  math::Dtype grad_dtype = {}, input_dtype = {}, weight_dtype = {}, bias_dtype = {};
+  int64_t rows = 0, n = 0;
+  double weight_offset = 0;
+};
+/// Bytes of scratch, 0 where neither weight nor bias gets a gradient.
+int64_t norm_scratch(const NormBackward& work);
+Status norm_backward(const NormBackward& work, void* scratch, Stream stream);
+
 }  // namespace halfstep::cuda

@@ -21,7 +21,9 @@ constexpr int64_t kGrain = 32768;
 /// Blocks of rows whose sums for weight and bias are kept apart until the end.
 constexpr int64_t kBlocks = 256;
 
-int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)); }
+int64_t grain(int64_t elements) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
+}
 
 Tensor buffer(int64_t count, at::ScalarType type) {
   return at::empty({count}, at::TensorOptions(type));
@@ -54,7 +56,8 @@ ops::NormOutputs norm(const char* op, const Tensor& x, c10::SymIntArrayRef shape
   }
   const auto wide = ops::norm_compute_type(x);
   const int64_t rows = sizes.rows.expect_int(), n = sizes.columns.expect_int();
-  const Tensor x_rows = x.contiguous(), residual_rows = residual ? residual->contiguous() : Tensor();
+  const Tensor x_rows = x.contiguous(),
+               residual_rows = residual ? residual->contiguous() : Tensor();
   const Tensor w = widened(weight, weight_offset, 1 + weight_offset, n, wide);
   const Tensor b = widened(bias, 0, -0.0, n, wide);
   NormForward work;
@@ -164,10 +167,12 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x, c10::SymIntArrayRef
       norm("rms_norm", x, shape, weight, std::nullopt, eps, weight_offset, residual, false);
   return {y, residual_out, rstd};
 }
-std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(
-    const Tensor& grad_y, const OptionalTensor& grad_residual_out, const Tensor& input,
-    c10::SymIntArrayRef shape, const OptionalTensor& weight, double weight_offset,
-    const Tensor& rstd, std::array<bool, 3> mask) {
+std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(const Tensor& grad_y,
+                                                     const OptionalTensor& grad_residual_out,
+                                                     const Tensor& input, c10::SymIntArrayRef shape,
+                                                     const OptionalTensor& weight,
+                                                     double weight_offset, const Tensor& rstd,
+                                                     std::array<bool, 3> mask) {
   auto [grad_x, grad_residual, grad_weight, grad_bias] = norm_backward(
       "rms_norm_backward", grad_y, grad_residual_out, input, shape, weight, std::nullopt,
       weight_offset, std::nullopt, rstd, {mask[0], mask[1], mask[2], false});

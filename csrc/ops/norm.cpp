@@ -8,9 +8,9 @@
 
 #include "dispatch.h"
 
-// LayerNorm and RMSNorm, with a residual stream that is added on the way in and handed on. Formulas:
-// csrc/math/norm.h. There is no autocast kernel: every dtype is computed in FP32 or wider, x keeps
-// its own.
+// LayerNorm and RMSNorm, with a residual stream that is added on the way in and handed on.
+// Formulas: csrc/math/norm.h. There is no autocast kernel: every dtype is computed in FP32 or
+// wider, x keeps its own.
 
 namespace halfstep::ops {
 
@@ -48,9 +48,9 @@ using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 Four call_layer_norm(const Tensor& x, Shape shape, const OptionalTensor& weight,
                      const OptionalTensor& bias, double eps, const OptionalTensor& residual) {
-  static const auto op = find_op<Four(const Tensor&, Shape, const OptionalTensor&,
-                                      const OptionalTensor&, double, const OptionalTensor&)>(
-      "halfstep::layer_norm");
+  static const auto op =
+      find_op<Four(const Tensor&, Shape, const OptionalTensor&, const OptionalTensor&, double,
+                   const OptionalTensor&)>("halfstep::layer_norm");
   return op.call(x, shape, weight, bias, eps, residual);
 }
 Four call_layer_norm_backward(const Tensor& grad_y, const OptionalTensor& grad_residual_out,
@@ -104,8 +104,8 @@ Three rms_norm_backward_meta(const Tensor& grad_y, const OptionalTensor& grad_re
                              const Tensor& rstd, std::array<bool, 3> mask) {
   check_norm_backward("rms_norm_backward", grad_y, grad_residual_out, input, shape, weight,
                       std::nullopt, std::nullopt, rstd);
-  auto [grad_x, grad_residual, grad_weight, grad_bias] = empty_norm_gradients(
-      grad_y, input, weight, std::nullopt, {mask[0], mask[1], mask[2], false});
+  auto [grad_x, grad_residual, grad_weight, grad_bias] =
+      empty_norm_gradients(grad_y, input, weight, std::nullopt, {mask[0], mask[1], mask[2], false});
   return {grad_x, grad_residual, grad_weight};
 }
 
@@ -130,7 +130,9 @@ void save(AutogradContext* context, size_t dims, const Tensor& x, const Optional
 
 Saved unpack(AutogradContext* context) {
   const variable_list saved = context->get_saved_variables();
-  const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+  const auto optional = [](const Tensor& t) {
+    return t.defined() ? OptionalTensor(t) : std::nullopt;
+  };
   const auto sizes = saved[0].sym_sizes();
   return {saved[0],
           optional(saved[1]),
@@ -173,12 +175,12 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
     const Wanted wanted(context->needs_input_grad(0),
                         s.has_residual && context->needs_input_grad(kResidual(s)), grads[0],
                         s.input);
-    const std::array<bool, 4> mask = {wanted.grad_x, wanted.grad_residual,
-                                      s.weight && context->needs_input_grad(1),
-                                      s.bias && context->needs_input_grad(1 + s.weight.has_value())};
-    auto [dx, dresidual, dweight, dbias] = call_layer_norm_backward(
-        grads[0], s.has_residual ? OptionalTensor(grads[1]) : std::nullopt, s.input, s.shape,
-        s.weight, s.bias, *s.mean, s.rstd, mask);
+    const std::array<bool, 4> mask = {
+        wanted.grad_x, wanted.grad_residual, s.weight && context->needs_input_grad(1),
+        s.bias && context->needs_input_grad(1 + s.weight.has_value())};
+    auto [dx, dresidual, dweight, dbias] =
+        call_layer_norm_backward(grads[0], s.has_residual ? OptionalTensor(grads[1]) : std::nullopt,
+                                 s.input, s.shape, s.weight, s.bias, *s.mean, s.rstd, mask);
     return {wanted.of_x(dx),
             Tensor(),
             mask[2] ? dweight : Tensor(),
@@ -217,8 +219,8 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     auto [dx, dresidual, dweight] = call_rms_norm_backward(
         grads[0], s.has_residual ? OptionalTensor(grads[1]) : std::nullopt, s.input, s.shape,
         s.weight, context->saved_data["weight_offset"].toDouble(), s.rstd, mask);
-    return {wanted.of_x(dx), Tensor(), mask[2] ? dweight : Tensor(), Tensor(), Tensor(),
-            wanted.of_residual(dx, dresidual)};
+    return {wanted.of_x(dx), Tensor(), mask[2] ? dweight : Tensor(),
+            Tensor(),        Tensor(), wanted.of_residual(dx, dresidual)};
   }
 };
 

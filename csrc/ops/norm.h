@@ -55,10 +55,9 @@ inline void check_norm_parameter(const char* op, const char* name,
   check_norm_float(op, name, *parameter);
   TORCH_CHECK(parameter->sym_sizes() == normalized_shape, op, ": ", name, " is ",
               describe(*parameter), " but normalized_shape is ", normalized_shape);
-  TORCH_CHECK(
-      parameter->scalar_type() == x.scalar_type() || parameter->scalar_type() == at::kFloat, op,
-      ": ", name, " is ", describe(*parameter), " but x is ", describe(x),
-      "; expected x's dtype or float32");
+  TORCH_CHECK(parameter->scalar_type() == x.scalar_type() || parameter->scalar_type() == at::kFloat,
+              op, ": ", name, " is ", describe(*parameter), " but x is ", describe(x),
+              "; expected x's dtype or float32");
   check_device(op, {name}, *parameter, {"x"}, x);
 }
 
@@ -107,11 +106,10 @@ inline NormSizes check_norm_backward(const char* op, const at::Tensor& grad_y,
                 describe(input));
   }
   const auto check_moment = [&](const char* name, const at::Tensor& moment) {
-    TORCH_CHECK(
-        moment.sym_sizes() == sizes.leading && moment.scalar_type() == norm_compute_type(input) &&
-            moment.is_contiguous(),
-        op, ": ", name, " is ", describe(moment), "; expected contiguous ",
-        norm_compute_type(input), sizes.leading);
+    TORCH_CHECK(moment.sym_sizes() == sizes.leading &&
+                    moment.scalar_type() == norm_compute_type(input) && moment.is_contiguous(),
+                op, ": ", name, " is ", describe(moment), "; expected contiguous ",
+                norm_compute_type(input), sizes.leading);
     check_device(op, {name}, moment, {"input"}, input);
   };
   if (mean) check_moment("mean", *mean);

@@ -202,6 +202,41 @@ def samples_refresh_masters_():
         yield ([p + 1 for p in params], masters, counters(), False), {}
 
 
+def norm_samples():
+    """x, weight, bias, residual: every dtype, the parameters' own dtype, absent ones, a residual of another dtype, no rows, no contiguity."""
+    make = lambda *shape, dtype: torch.randn(shape).to(dtype).requires_grad_()
+    for dtype in FLOATS:
+        yield make(5, 3, 7, dtype=dtype), make(7, dtype=dtype), make(7, dtype=dtype), make(5, 3, 7, dtype=dtype)
+    yield make(4, 6, dtype=torch.float16), make(6, dtype=torch.float32), make(6, dtype=torch.float32), make(4, 6, dtype=torch.float32)
+    yield make(4, 6, dtype=torch.float16), None, None, None
+    yield make(0, 6, dtype=torch.float32), make(6, dtype=torch.float32), None, None
+    yield torch.randn(8, 5).half()[:, ::2].requires_grad_(), make(3, dtype=torch.float16), None, torch.randn(3, 8).t().requires_grad_()
+
+
+def samples_layer_norm():
+    for x, weight, bias, residual in norm_samples():
+        yield (x, [x.shape[-1]], weight, bias, 1e-5, residual), {}
+
+
+def samples_rms_norm():
+    for x, weight, _, residual in norm_samples():
+        yield (x, [x.shape[-1]], weight, 1e-5, 1.0, residual), {}
+
+
+def samples_layer_norm_backward():
+    for x, weight, bias, residual in norm_samples():
+        y, h, mean, rstd = (t.detach() for t in H.layer_norm(x, [x.shape[-1]], weight, bias, 1e-5, residual))
+        for mask in ([True] * 4, [True, False, False, True], [False, False, True, False]):
+            yield (y, None if residual is None else h.clone(), x.detach() if residual is None else h, [x.shape[-1]], weight, bias, mean, rstd, mask), {}
+
+
+def samples_rms_norm_backward():
+    for x, weight, _, residual in norm_samples():
+        y, h, rstd = (t.detach() for t in H.rms_norm(x, [x.shape[-1]], weight, 1e-5, 1.0, residual))
+        for mask in ([True] * 3, [True, False, False]):
+            yield (y, None if residual is None else h.clone(), x.detach() if residual is None else h, [x.shape[-1]], weight, 1.0, rstd, mask), {}
+
+
 def all_ops():
     return sorted(n.split("::")[1] for n in {s.name for s in torch._C._jit_get_all_schemas()} if n.startswith("halfstep::"))
 

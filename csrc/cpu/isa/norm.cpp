@@ -59,85 +59,131 @@ void parameters(const void* from, Dtype dtype, double offset, double otherwise, 
     fill_parameters(from, dtype, offset, otherwise, count, static_cast<float*>(to));
 }
 
-/// `row` elements of `from` as V in `to`, zeros up to whole packs.
-template <class V>
-void widen(const void* from, Dtype dtype, int64_t row, int64_t n, Scalar<V>* to) {
-  with_dtype<V>(dtype, [&](auto elements) __attribute__((always_inline)) {
-    using E = decltype(elements);
-    const char* data = static_cast<const char*>(from) + row * n * E::size;
-    for_each_pack(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      store_lanes(to + i, E::load(data, i, lanes));
-    });
-  });
+/// body(i, lanes, which) for the packs of a row, `which` 0 and 1 in turn: two sums side by side,
+/// since one addition waits for the one before.
+template <class Body>
+HALFSTEP_FN void for_each_pair(int64_t n, const Body& body) {
+  constexpr std::integral_constant<int, 0> even;
+  constexpr std::integral_constant<int, 1> odd;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    body(i, Whole(), even);
+    body(i + kLanes, Whole(), odd);
+  }
+  if (i + kLanes <= n) {
+    body(i, Whole(), even);
+    i += kLanes;
+  }
+  if (i < n) body(i, Part{int(n - i)}, odd);
 }
 
-/// Sums of d = x - mean and of its squares, in A (FP32 or FP64) lanes.
-template <class A, class V>
-void sum_row(const Scalar<V>* x, int64_t n, Scalar<V> mean, double& sum, double& squares) {
-  LaneSum<A> first, second;
-  for_each_pack(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-    A d;
-    if constexpr (sizeof(A) == sizeof(V))
-      d = load_lanes(x + i) - broadcast<A>(mean);
-    else
-      d = to_double(load_lanes(x + i)) - broadcast<A>(mean);
-    d = within(d, lanes, 0);
-    first.add(d);
-    second.add_product(d, d);
-  });
-  sum = first.total();
-  squares = second.total();
-}
-
-/// The moments of a row in the buffer whose elements add up to `total`.
 template <class V>
-NormRow<Scalar<V>> moments(const Scalar<V>* x, int64_t n, double total, double eps, bool centred) {
-  using T = Scalar<V>;
-  T mean = centred ? T(total / double(n)) : T(0);
+class PairSum {
+ public:
+  template <int kWhich>
+  HALFSTEP_FN LaneSum<V>& operator[](std::integral_constant<int, kWhich>) {
+    return sum_[kWhich];
+  }
+  double total() { return sum_[0].total() + sum_[1].total(); }
+
+ private:
+  LaneSum<V> sum_[2];
+};
+
+struct RowSums {
   double sum, squares;
-  sum_row<V, V>(x, n, mean, sum, squares);
+};
+
+/// Sums of d = x - mean and of its squares over a row in the buffer, in A (FP32 or FP64) lanes.
+template <class A, class V>
+RowSums sum_row(const Scalar<V>* x, int64_t n, Scalar<V> mean) {
+  PairSum<A> sum, squares;
+  for_each_pair(
+      n, [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
+        A d;
+        if constexpr (sizeof(A) == sizeof(V))
+          d = load_lanes(x + i) - broadcast<A>(mean);
+        else
+          d = to_double(load_lanes(x + i)) - broadcast<A>(mean);
+        d = within(d, lanes, 0);
+        sum[which].add(d);
+        squares[which].add_product(d, d);
+      });
+  return {sum.total(), squares.total()};
+}
+
+/// load(i, lanes), a row, into the buffer, and its moments. The sums are taken on the way, around
+/// the average of the first pack; once more where that was far off.
+template <class V, class Load>
+HALFSTEP_FN NormRow<Scalar<V>> read_row(int64_t n, double eps, bool centred, Scalar<V>* buffer,
+                                        const Load& load) {
+  using T = Scalar<V>;
+  T mean = 0;
+  if (centred) {
+    const V first = n >= kLanes ? load(0, Whole()) : load(0, Part{int(n)});
+    F64 wide;
+    if constexpr (sizeof(T) == 4)
+      wide = to_double(first);
+    else
+      wide = first;
+    mean = T(sum_lanes(wide) / double(n < kLanes ? n : kLanes));
+  }
+  PairSum<V> sum, squares;
+  for_each_pair(
+      n, [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
+        const V x = load(i, lanes);
+        store_lanes(buffer + i, x);
+        const V d = within(x - broadcast<V>(mean), lanes, 0);
+        sum[which].add(d);
+        squares[which].add_product(d, d);
+      });
+  RowSums sums = {sum.total(), squares.total()};
+  const double rest = sums.sum / double(n);
+  if (centred && 2 * rest * rest > sums.squares / double(n)) {
+    mean = T(double(mean) + rest);
+    sums = sum_row<V, V>(buffer, n, mean);
+  }
   if constexpr (sizeof(T) == 4) {
-    if (!(squares - squares == 0)) {
-      if (centred) {
-        sum_row<F64, V>(x, n, 0, sum, squares);
-        mean = T(sum / double(n));
-      }
-      sum_row<F64, V>(x, n, mean, sum, squares);
+    if (!(sums.squares - sums.squares == 0)) {
+      if (centred) mean = T(sum_row<F64, V>(buffer, n, 0).sum / double(n));
+      sums = sum_row<F64, V>(buffer, n, mean);
     }
   }
-  return norm_row(mean, sum, squares, n, eps, centred);
+  return norm_row(mean, sums.sum, sums.squares, n, eps, centred);
 }
 
-/// x, or x + residual as it is rounded and stored, into the buffer; returns the sum of the row.
+/// x, or x + residual as it is rounded and stored, into the buffer.
 template <class V>
-double load_row(const NormForward& work, int64_t row, Scalar<V>* buffer) {
+NormRow<Scalar<V>> load_row(const NormForward& work, int64_t row, Scalar<V>* buffer) {
   const int64_t n = work.n;
-  LaneSum<V> sum;
-  if (!work.residual) {
-    with_dtype<V>(work.x_dtype, [&](auto elements) __attribute__((always_inline)) {
-      using E = decltype(elements);
-      const char* x = static_cast<const char*>(work.x) + row * n * E::size;
-      for_each_pack(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        const V value = E::load(x, i, lanes);
-        store_lanes(buffer + i, value);
-        sum.add(value);
+  const bool centred = work.mean;
+  NormRow<Scalar<V>> result;
+  with_dtype<V>(
+      work.x_dtype, [&](auto elements) __attribute__((always_inline)) {
+        using X = decltype(elements);
+        const char* x = static_cast<const char*>(work.x) + row * n * X::size;
+        if (!work.residual) {
+          result = read_row<V>(
+              n, work.eps, centred,
+              buffer, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+                return X::load(x, i, lanes);
+              });
+          return;
+        }
+        with_dtype<V>(
+            work.residual_dtype, [&](auto other) __attribute__((always_inline)) {
+              using R = decltype(other);
+              const char* residual = static_cast<const char*>(work.residual) + row * n * R::size;
+              char* out = static_cast<char*>(work.residual_out) + row * n * R::size;
+              result = read_row<V>(
+                  n, work.eps, centred,
+                  buffer, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+                    R::store(out, i, X::load(x, i, lanes) + R::load(residual, i, lanes), lanes);
+                    return R::load(out, i, lanes);
+                  });
+            });
       });
-    });
-    return sum.total();
-  }
-  widen<V>(work.x, work.x_dtype, row, n, buffer);
-  with_dtype<V>(work.residual_dtype, [&](auto elements) __attribute__((always_inline)) {
-    using E = decltype(elements);
-    const char* residual = static_cast<const char*>(work.residual) + row * n * E::size;
-    char* out = static_cast<char*>(work.residual_out) + row * n * E::size;
-    for_each_pack(n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      E::store(out, i, load_lanes(buffer + i) + E::load(residual, i, lanes), lanes);
-      const V value = E::load(out, i, lanes);
-      store_lanes(buffer + i, value);
-      sum.add(value);
-    });
-  });
-  return sum.total();
+  return result;
 }
 
 template <class V>
@@ -146,18 +192,19 @@ void forward_rows(const NormForward& work, int64_t begin, int64_t end, Scalar<V>
   const auto* weight = static_cast<const T*>(work.weight);
   const auto* bias = static_cast<const T*>(work.bias);
   for (int64_t row = begin; row < end; ++row) {
-    const double total = load_row<V>(work, row, buffer);
-    const NormRow<T> r = moments<V>(buffer, work.n, total, work.eps, work.mean != nullptr);
+    const NormRow<T> r = load_row<V>(work, row, buffer);
     if (work.mean) static_cast<T*>(work.mean)[row] = T(double(r.mean) + double(r.rest));
     static_cast<T*>(work.rstd)[row] = r.rstd;
-    with_dtype<V>(work.x_dtype, [&](auto elements) __attribute__((always_inline)) {
-      using E = decltype(elements);
-      char* y = static_cast<char*>(work.y) + row * work.n * E::size;
-      for_each_pack(work.n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        const V z = normalise(load_lanes(buffer + i), r);
-        E::store(y, i, fma(z, load_lanes(weight + i), load_lanes(bias + i)), lanes);
-      });
-    });
+    with_dtype<V>(
+        work.x_dtype, [&](auto elements) __attribute__((always_inline)) {
+          using E = decltype(elements);
+          char* y = static_cast<char*>(work.y) + row * work.n * E::size;
+          for_each_pack(
+              work.n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+                const V z = normalise(load_lanes(buffer + i), r);
+                E::store(y, i, fma(z, load_lanes(weight + i), load_lanes(bias + i)), lanes);
+              });
+        });
   }
 }
 
@@ -168,31 +215,54 @@ void forward(const NormForward& work, int64_t begin, int64_t end, void* buffer) 
     forward_rows<F32>(work, begin, end, static_cast<float*>(buffer));
 }
 
+/// `row` elements of `from` as V in `to`, zeros up to whole packs.
+template <class V>
+void widen(const void* from, Dtype dtype, int64_t row, int64_t n, Scalar<V>* to) {
+  with_dtype<V>(
+      dtype, [&](auto elements) __attribute__((always_inline)) {
+        using E = decltype(elements);
+        const char* data = static_cast<const char*>(from) + row * n * E::size;
+        for_each_pack(
+            n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+              store_lanes(to + i, E::load(data, i, lanes));
+            });
+      });
+}
+
 /// One row of the backward in buffers of T.
 template <class V>
 struct Row {
   Scalar<V>*grad, *d, *residual;  ///< dy; x - mean, later dx; gradient of the residual output
 };
 
-/// d into the buffer, and the sums of the row.
+/// dy and d into the buffers, and the sums of the row.
 template <class V>
 NormSlope<Scalar<V>> slope_of(const NormBackward& work, int64_t row, const Row<V>& at) {
   using T = Scalar<V>;
   const T mean = work.mean ? static_cast<const T*>(work.mean)[row] : T(0);
   const auto* weight = static_cast<const T*>(work.weight);
-  LaneSum<V> sum, g_sum, product;
-  with_dtype<V>(work.input_dtype, [&](auto elements) __attribute__((always_inline)) {
-    using E = decltype(elements);
-    const char* x = static_cast<const char*>(work.input) + row * work.n * E::size;
-    for_each_pack(work.n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const V d = within(E::load(x, i, lanes) - broadcast<V>(mean), lanes, 0);
-      const V g = load_lanes(at.grad + i) * load_lanes(weight + i);
-      store_lanes(at.d + i, d);
-      sum.add(d);
-      g_sum.add(g);
-      product.add_product(g, d);
-    });
-  });
+  PairSum<V> sum, g_sum, product;
+  with_dtype<V>(
+      work.grad_dtype, [&](auto elements) __attribute__((always_inline)) {
+        using G = decltype(elements);
+        const char* grad = static_cast<const char*>(work.grad_y) + row * work.n * G::size;
+        with_dtype<V>(
+            work.input_dtype, [&](auto other) __attribute__((always_inline)) {
+              using X = decltype(other);
+              const char* x = static_cast<const char*>(work.input) + row * work.n * X::size;
+              for_each_pair(
+                  work.n, [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
+                    const V dy = G::load(grad, i, lanes);
+                    const V d = within(X::load(x, i, lanes) - broadcast<V>(mean), lanes, 0);
+                    const V g = dy * load_lanes(weight + i);
+                    store_lanes(at.grad + i, dy);
+                    store_lanes(at.d + i, d);
+                    sum[which].add(d);
+                    g_sum[which].add(g);
+                    product[which].add_product(g, d);
+                  });
+            });
+      });
   return norm_slope(static_cast<const T*>(work.rstd)[row], sum.total(), g_sum.total(),
                     product.total(), work.n, work.mean != nullptr);
 }
@@ -204,13 +274,14 @@ void finish_row(const NormBackward& work, int64_t row, const Row<V>& at,
   using T = Scalar<V>;
   const auto* weight = static_cast<const T*>(work.weight);
   const auto write = [&](void* to, Dtype dtype, const auto& value) {
-    with_dtype<V>(dtype, [&](auto elements) __attribute__((always_inline)) {
-      using E = decltype(elements);
-      char* data = static_cast<char*>(to) + row * work.n * E::size;
-      for_each_pack(work.n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        E::store(data, i, value(i), lanes);
-      });
-    });
+    with_dtype<V>(
+        dtype, [&](auto elements) __attribute__((always_inline)) {
+          using E = decltype(elements);
+          char* data = static_cast<char*>(to) + row * work.n * E::size;
+          for_each_pack(
+              work.n, [&](int64_t i, auto lanes)
+                          __attribute__((always_inline)) { E::store(data, i, value(i), lanes); });
+        });
   };
   const auto gradient = [&](int64_t i) __attribute__((always_inline)) {
     const V dy = load_lanes(at.grad + i), z = norm_z(load_lanes(at.d + i), slope);
@@ -253,7 +324,6 @@ void backward_rows(const NormBackward& work, int64_t begin, int64_t end, Scalar<
   auto* weight_sum = sums ? scratch : nullptr;
   auto* bias_sum = sums && work.mean ? scratch + width : nullptr;
   for (int64_t row = begin; row < end; ++row) {
-    widen<V>(work.grad_y, work.grad_dtype, row, work.n, at.grad);
     const auto slope = slope_of<V>(work, row, at);
     if (work.grad_residual) {
       widen<V>(work.grad_residual, work.input_dtype, row, work.n, at.residual);

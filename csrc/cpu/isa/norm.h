@@ -50,9 +50,10 @@ struct NormKernels {
   /// Rows [begin, end). buffer: 3 padded(n) values of T. sums: null, or for weight and bias, one
   /// after the other, padded(n) doubles that are overwritten and padded(n) values of T as scratch:
   /// the sums of these rows, kNormRows of them at a time in T.
-  void (*backward)(const NormBackward& work, int64_t begin, int64_t end, void* buffer,
-                   double* sums, void* scratch);
-  /// to[i] = the sum over `blocks` rows of `sums` (`stride` apart), in order, for i in [begin, end).
+  void (*backward)(const NormBackward& work, int64_t begin, int64_t end, void* buffer, double* sums,
+                   void* scratch);
+  /// to[i] = the sum over `blocks` rows of `sums` (`stride` apart), in order, for i in [begin,
+  /// end).
   void (*add_blocks)(const double* sums, int64_t blocks, int64_t stride, int64_t begin, int64_t end,
                      Dtype dtype, void* to);
 };

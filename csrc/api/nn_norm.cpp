@@ -1,0 +1,68 @@
+#include <halfstep/functional/norm.h>
+#include <halfstep/nn/norm.h>
+
+#include <ATen/ops/empty.h>
+#include <torch/nn/init.h>
+
+#include <ostream>
+#include <utility>
+
+namespace halfstep::nn {
+
+namespace {
+
+std::optional<at::Tensor> optional(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
+
+}  // namespace
+
+at::Tensor LayerNormImpl::forward(const at::Tensor& x) {
+  return functional::layer_norm(x, options.normalized_shape(), optional(weight), optional(bias),
+                                options.eps());
+}
+std::tuple<at::Tensor, at::Tensor> LayerNormImpl::forward_residual(const at::Tensor& x,
+                                                                   const at::Tensor& residual) {
+  return functional::layer_norm(x, options.normalized_shape(), optional(weight), optional(bias),
+                                options.eps(), residual);
+}
+
+RMSNormOptions::RMSNormOptions(std::vector<int64_t> normalized_shape)
+    : normalized_shape_(std::move(normalized_shape)) {}
+
+RMSNormImpl::RMSNormImpl(RMSNormOptions options) : options(std::move(options)) {
+  // Not virtual here: there is no derived class yet.
+  RMSNormImpl::reset();
+}
+void RMSNormImpl::reset() {
+  if (options.elementwise_affine())
+    weight = register_parameter("weight", at::empty(options.normalized_shape()));
+  else
+    weight = register_parameter("weight", at::Tensor(), false);
+  reset_parameters();
+}
+void RMSNormImpl::reset_parameters() {
+  if (weight.defined()) torch::nn::init::constant_(weight, 1 - options.weight_offset());
+}
+void RMSNormImpl::pretty_print(std::ostream& stream) const {
+  stream << std::boolalpha << "halfstep::nn::RMSNorm("
+         << at::IntArrayRef(options.normalized_shape()) << ", eps=";
+  if (options.eps())
+    stream << *options.eps();
+  else
+    stream << "None";
+  stream << ", elementwise_affine=" << options.elementwise_affine();
+  if (options.weight_offset() != 0) stream << ", weight_offset=" << options.weight_offset();
+  stream << ")";
+}
+at::Tensor RMSNormImpl::forward(const at::Tensor& x) {
+  return functional::rms_norm(x, options.normalized_shape(), optional(weight), options.eps(),
+                              options.weight_offset());
+}
+std::tuple<at::Tensor, at::Tensor> RMSNormImpl::forward_residual(const at::Tensor& x,
+                                                                 const at::Tensor& residual) {
+  return functional::rms_norm(x, options.normalized_shape(), optional(weight), options.eps(),
+                              residual, options.weight_offset());
+}
+
+}  // namespace halfstep::nn
