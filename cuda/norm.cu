@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kBlockThreads<kTeam>)
       const float mean =
           present && centred ? read_uniform(static_cast<const float*>(work.mean) + row) : 0;
       const float rstd = present ? read_uniform(static_cast<const float*>(work.rstd) + row) : 0;
-      Eight<float> dy[kGroups], d[kGroups];
+      Eight<float> dy[kGroups], z[kGroups];
       float sums[3] = {0, 0, 0};
       double totals[3];
       HALFSTEP_UNROLL
@@ -278,16 +278,16 @@ __global__ void __launch_bounds__(kBlockThreads<kTeam>)
         const int64_t i = int64_t(g * kTeam + lane) * kElements;
         const int lanes = lanes_at(i, n, present);
         dy[g] = load<float>(row_of(work.grad_y, kDtype, row, n), kDtype, i, lanes);
-        d[g] =
+        z[g] =
             load<float>(row_of(work.input, work.input_dtype, row, n), work.input_dtype, i, lanes);
         const Eight<float> weight = kGroups == 1 ? held : read_weight(g);
         HALFSTEP_UNROLL
         for (int k = 0; k < kElements; ++k) {
-          d[g].x[k] = k < lanes ? d[g].x[k] - mean : 0;
+          z[g].x[k] = k < lanes ? math::norm_near_z(z[g].x[k], mean, rstd) : 0;
           const float product = dy[g].x[k] * weight.x[k];
-          sums[0] += d[g].x[k];
+          sums[0] += z[g].x[k];
           sums[1] += product;
-          sums[2] = math::fma(product, d[g].x[k], sums[2]);
+          sums[2] = math::fma(product, z[g].x[k], sums[2]);
         }
       }
       add_team<kTeam>(sums, totals, shared, turn);
@@ -303,10 +303,11 @@ __global__ void __launch_bounds__(kBlockThreads<kTeam>)
         const Eight<float> weight = kGroups == 1 ? held : read_weight(g);
         HALFSTEP_UNROLL
         for (int k = 0; k < kElements; ++k) {
-          const float z = math::norm_z(d[g].x[k], slope);
-          weight_sum[g].x[k] = math::fma(dy[g].x[k], z, weight_sum[g].x[k]);
+          const float exact = math::norm_z(z[g].x[k], slope);
+          weight_sum[g].x[k] = math::fma(dy[g].x[k], exact, weight_sum[g].x[k]);
           bias_sum[g].x[k] += dy[g].x[k];
-          residual.x[k] = math::norm_gradient(dy[g].x[k] * weight.x[k], z, residual.x[k], slope);
+          residual.x[k] =
+              math::norm_gradient(dy[g].x[k] * weight.x[k], exact, residual.x[k], slope);
         }
         write_gradient(work, row, i, lanes, residual);
       }
@@ -377,7 +378,7 @@ __global__ void __launch_bounds__(kThreads) forward_wide(NormForward work) {
   }
 }
 
-/// rest[row]: the mean of d, for the sums over rows; may be null.
+/// rest[row]: what is subtracted from z, for the sums over rows; may be null.
 template <class T>
 __global__ void __launch_bounds__(kThreads) backward_wide(NormBackward work, T* rest) {
   HALFSTEP_SHARED(double, shared, 2 * 3 * kWarps);
@@ -396,10 +397,11 @@ __global__ void __launch_bounds__(kThreads) backward_wide(NormBackward work, T* 
       const auto weight =
           read_parameter<T>(work.weight, work.weight_dtype, offset, otherwise, i, lanes);
       for (int k = 0; k < lanes; ++k) {
-        const double d = double(x.x[k] - mean), g = double(dy.x[k] * weight.x[k]);
-        sums[0] += d;
+        const double z = double(math::norm_near_z(x.x[k], mean, rstd));
+        const double g = double(dy.x[k] * weight.x[k]);
+        sums[0] += z;
         sums[1] += g;
-        sums[2] = math::fma(g, d, sums[2]);
+        sums[2] = math::fma(g, z, sums[2]);
       }
     }
     add_team<kThreads>(sums, totals, shared, turn);
@@ -415,8 +417,9 @@ __global__ void __launch_bounds__(kThreads) backward_wide(NormBackward work, T* 
       Eight<T> dx = {};
       if (work.grad_residual) dx = read_row<T>(work.grad_residual, work.input_dtype, row, i, n);
       for (int k = 0; k < kElements; ++k)
-        dx.x[k] = math::norm_gradient(dy.x[k] * weight.x[k], math::norm_z(x.x[k] - mean, slope),
-                                      dx.x[k], slope);
+        dx.x[k] = math::norm_gradient(
+            dy.x[k] * weight.x[k], math::norm_z(math::norm_near_z(x.x[k], mean, slope.rstd), slope),
+            dx.x[k], slope);
       write_gradient(work, row, i, lanes, dx);
     }
   }
@@ -443,7 +446,9 @@ __global__ void __launch_bounds__(kThreads)
       const auto dy = read_row<T>(work.grad_y, work.grad_dtype, row, i, n);
       const auto x = read_row<T>(work.input, work.input_dtype, row, i, n);
       for (int k = 0; k < kElements; ++k) {
-        weight_sum.x[k] = math::fma(dy.x[k], math::norm_z(x.x[k] - mean, slope), weight_sum.x[k]);
+        weight_sum.x[k] =
+            math::fma(dy.x[k], math::norm_z(math::norm_near_z(x.x[k], mean, slope.rstd), slope),
+                      weight_sum.x[k]);
         bias_sum.x[k] += dy.x[k];
       }
     }

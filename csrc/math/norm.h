@@ -51,19 +51,24 @@ struct NormSlope {
   T rest, rstd, average, product;
 };
 
-/// From sum(d), sum(g) and sum(g d).
-template <class T>
-HALFSTEP_FN NormSlope<T> norm_slope(T rstd, double sum, double g, double gd, int64_t n,
-                                    bool centred) {
-  const double rest = centred ? sum / double(n) : 0;
-  return {T(rest), rstd, T(centred ? g / double(n) : 0),
-          T(double(rstd) * (gd - rest * g) / double(n))};
+/// d rstd: z before `rest`, known before any sum of the backward is.
+template <class V, class T>
+HALFSTEP_FN V norm_near_z(V x, T mean, T rstd) {
+  return (x - broadcast<V>(mean)) * broadcast<V>(rstd);
 }
 
-/// z from d, and dx from g and z.
+/// From sum(d rstd), sum(g) and sum(g d rstd).
+template <class T>
+HALFSTEP_FN NormSlope<T> norm_slope(T rstd, double sum, double g, double gz, int64_t n,
+                                    bool centred) {
+  const double rest = centred ? sum / double(n) : 0;
+  return {T(rest), rstd, T(centred ? g / double(n) : 0), T((gz - rest * g) / double(n))};
+}
+
+/// z from d rstd, and dx from g and z.
 template <class V, class T>
-HALFSTEP_FN V norm_z(V d, const NormSlope<T>& slope) {
-  return (d - broadcast<V>(slope.rest)) * broadcast<V>(slope.rstd);
+HALFSTEP_FN V norm_z(V near, const NormSlope<T>& slope) {
+  return near - broadcast<V>(slope.rest);
 }
 template <class V, class T>
 HALFSTEP_FN V norm_gradient(V g, V z, V residual, const NormSlope<T>& slope) {

@@ -232,14 +232,15 @@ void widen(const void* from, Dtype dtype, int64_t row, int64_t n, Scalar<V>* to)
 /// One row of the backward in buffers of T.
 template <class V>
 struct Row {
-  Scalar<V>*grad, *d, *residual;  ///< dy; x - mean, later dx; gradient of the residual output
+  Scalar<V>*grad, *z, *residual;  ///< dy; z, later dx; gradient of the residual output
 };
 
-/// dy and d into the buffers, and the sums of the row.
+/// dy and z (but for `rest`) into the buffers, and the sums of the row.
 template <class V>
 NormSlope<Scalar<V>> slope_of(const NormBackward& work, int64_t row, const Row<V>& at) {
   using T = Scalar<V>;
   const T mean = work.mean ? static_cast<const T*>(work.mean)[row] : T(0);
+  const T rstd = static_cast<const T*>(work.rstd)[row];
   const auto* weight = static_cast<const T*>(work.weight);
   PairSum<V> sum, g_sum, product;
   with_dtype<V>(
@@ -253,18 +254,18 @@ NormSlope<Scalar<V>> slope_of(const NormBackward& work, int64_t row, const Row<V
               for_each_pair(
                   work.n, [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
                     const V dy = G::load(grad, i, lanes);
-                    const V d = within(X::load(x, i, lanes) - broadcast<V>(mean), lanes, 0);
+                    const V z = within(norm_near_z(X::load(x, i, lanes), mean, rstd), lanes, 0);
                     const V g = dy * load_lanes(weight + i);
                     store_lanes(at.grad + i, dy);
-                    store_lanes(at.d + i, d);
-                    sum[which].add(d);
+                    store_lanes(at.z + i, z);
+                    sum[which].add(z);
                     g_sum[which].add(g);
-                    product[which].add_product(g, d);
+                    product[which].add_product(g, z);
                   });
             });
       });
-  return norm_slope(static_cast<const T*>(work.rstd)[row], sum.total(), g_sum.total(),
-                    product.total(), work.n, work.mean != nullptr);
+  return norm_slope(rstd, sum.total(), g_sum.total(), product.total(), work.n,
+                    work.mean != nullptr);
 }
 
 /// dx of the row, and its part of the sums for weight and bias.
@@ -284,7 +285,7 @@ void finish_row(const NormBackward& work, int64_t row, const Row<V>& at,
         });
   };
   const auto gradient = [&](int64_t i) __attribute__((always_inline)) {
-    const V dy = load_lanes(at.grad + i), z = norm_z(load_lanes(at.d + i), slope);
+    const V dy = load_lanes(at.grad + i), z = norm_z(load_lanes(at.z + i), slope);
     if (weight_sum) {
       store_lanes(weight_sum + i, fma(dy, z, load_lanes(weight_sum + i)));
       if (bias_sum) store_lanes(bias_sum + i, load_lanes(bias_sum + i) + dy);
@@ -296,8 +297,8 @@ void finish_row(const NormBackward& work, int64_t row, const Row<V>& at,
     write(work.grad_x, work.grad_dtype, gradient);
     return;
   }
-  for (int64_t i = 0; i < work.n; i += kLanes) store_lanes(at.d + i, gradient(i));
-  const auto kept = [&](int64_t i) __attribute__((always_inline)) { return load_lanes(at.d + i); };
+  for (int64_t i = 0; i < work.n; i += kLanes) store_lanes(at.z + i, gradient(i));
+  const auto kept = [&](int64_t i) __attribute__((always_inline)) { return load_lanes(at.z + i); };
   if (work.grad_x) write(work.grad_x, work.grad_dtype, kept);
   if (work.grad_input) write(work.grad_input, work.input_dtype, kept);
 }
