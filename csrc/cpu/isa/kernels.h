@@ -29,6 +29,8 @@ template <class Constants>
 using NormsKernel = Norms (*)(const StepTensor& tensor, const Constants& constants, int64_t begin,
                               int64_t end);
 
+struct ActivationKernels;  // activation.h
+
 struct Kernels {
   const char* name;  ///< "default", "avx2", "avx512"
 
@@ -67,6 +69,8 @@ struct Kernels {
                      int64_t end);
   void (*write_state)(const StepTensor& tensor, bool is_signed, const void* values, uint32_t key,
                       int64_t begin, int64_t end);
+
+  const ActivationKernels* activation;
 };
 
 extern const Kernels kKernelsDefault;

@@ -1,5 +1,6 @@
 """Layer functions, with torch.nn.functional's names and conventions. Each is one op of torch.ops.halfstep, with one rounding."""
 
+from ._activation import bias_dropout_add, geglu, gelu, silu, squared_relu, swiglu
 from ._scale_gradient import scale_gradient
 
-__all__ = ["scale_gradient"]
+__all__ = ["bias_dropout_add", "geglu", "gelu", "scale_gradient", "silu", "squared_relu", "swiglu"]

@@ -1,3 +1,5 @@
 """Layers under torch.nn's names: the same constructor, parameters and state dict, computed by torch.ops.halfstep."""
 
-__all__ = []
+from ._activation import GELU, BiasDropoutAdd, GeGLU, SiLU, SquaredReLU, SwiGLU
+
+__all__ = ["BiasDropoutAdd", "GELU", "GeGLU", "SiLU", "SquaredReLU", "SwiGLU"]
