@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
     auto d = read_operand<kDtype>(grad, spans, 0, row, i, lanes);
     const auto a = read_operand<kDtype>(x, spans, 1, row, i, lanes);
     HALFSTEP_UNROLL
-    for (int k = 0; k < kLength; ++k) d.x[k] = d.x[k] * F::curve(a.x[k]).slope;
+    for (int k = 0; k < kLength; ++k) d.x[k] = F::gradient(d.x[k], a.x[k]);
     write_operand<kDtype>(dx, spans, 2, row, i, lanes, d);
   });
 }

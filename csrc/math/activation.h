@@ -18,6 +18,7 @@ template <class V>
 struct Curve {
   V value, slope;
 };
+// An activation has `value`, `gradient` (d times the slope) and, where gated units use it, `curve`.
 
 struct Silu {
   template <class V>
@@ -28,6 +29,10 @@ struct Silu {
   HALFSTEP_FN static Curve<V> curve(V x) {
     const Logistic<V> gate = logistic(x);
     return {x * gate.below, silu_slope(x, gate)};
+  }
+  template <class V>
+  HALFSTEP_FN static V gradient(V d, V x) {
+    return d * curve(x).slope;
   }
 };
 
@@ -41,6 +46,10 @@ struct Gelu {
     const Normal<V> n = normal(x);
     return {x * n.below, fma(x, n.density, n.below)};
   }
+  template <class V>
+  HALFSTEP_FN static V gradient(V d, V x) {
+    return d * curve(x).slope;
+  }
 };
 
 struct GeluTanh {
@@ -53,6 +62,10 @@ struct GeluTanh {
     const Logistic<V> gate = gelu_tanh_gate(x);
     return {x * gate.below, gelu_tanh_slope(x, gate)};
   }
+  template <class V>
+  HALFSTEP_FN static V gradient(V d, V x) {
+    return d * curve(x).slope;
+  }
 };
 
 /// max(x, 0)^2 (So et al., arXiv 2109.08668).
@@ -63,9 +76,9 @@ struct SquaredRelu {
     return positive * positive;
   }
   template <class V>
-  HALFSTEP_FN static Curve<V> curve(V x) {
-    const V positive = relu(x);
-    return {positive * positive, positive + positive};
+  HALFSTEP_FN static V gradient(V d, V x) {
+    const V half = d * relu(x);  // 2 x alone may be beyond the range
+    return half + half;
   }
 };
 

@@ -32,8 +32,8 @@ void backward(math::Activation activation, Dtype dtype, const void* grad, const 
     with_activation(activation, [&](auto curve) {
       using E = decltype(elements);
       for_each_pack(n, [&](int64_t i, auto lanes) {
-        const auto slope = decltype(curve)::curve(E::load(x, i, lanes)).slope;
-        E::store(dx, i, E::load(grad, i, lanes) * slope, lanes);
+        const auto d = E::load(grad, i, lanes);
+        E::store(dx, i, decltype(curve)::gradient(d, E::load(x, i, lanes)), lanes);
       });
     });
   });
