@@ -5,7 +5,7 @@
 // library's, element by element; FP64 is there to check derivatives with, not to be fast.
 //
 //   exp: x = n ln2 + r, a polynomial of degree 6 in r, times 2^n in two factors, so that subnormal
-//   results round once. Within 1 ULP.
+//   results round once. Within 1.05 ULP.
 //   normal: Phi(-t) = exp(-t^2/2) R(t) for t >= 0, and R(t) (1 + t) is a polynomial of degree 10 in
 //   (t-3)/(t+3): relative error below 2e-8 over the whole range in which Phi(-t) is not zero.
 // Coefficients: Chebyshev interpolation of the exact functions, then rounded to FP32.
