@@ -4,6 +4,7 @@
 // device pointers unless said otherwise, sizes are elements, nothing allocates or synchronises, and
 // everything runs on `stream`. A launcher returns a CUDA error code, 0 when the kernel was started.
 
+#include "../csrc/math/activation.h"
 #include "../csrc/math/grads.h"
 #include "../csrc/math/optim.h"
 #include "../csrc/math/scale_statistics.h"
@@ -161,5 +162,45 @@ struct NormBackward {
 /// Bytes of scratch, 0 where neither weight nor bias gets a gradient.
 int64_t norm_scratch(const NormBackward& work);
 Status norm_backward(const NormBackward& work, void* scratch, Stream stream);
+// ---- activation --------------------------------------------------------------------------------
+/// `rows` rows of `width` elements; row r of operand k (inputs, then outputs, in the launcher's
+/// order) begins r * stride[k] elements after the operand's first.
+struct Spans {
+  int64_t rows = 1, width = 0;
+  int64_t stride[6] = {};
+};
+Status activation_forward(math::Activation activation, math::Dtype dtype, const Spans& spans,
+                          const void* x, void* y, Stream stream);
+Status activation_backward(math::Activation activation, math::Dtype dtype, const Spans& spans,
+                           const void* grad, const void* x, void* dx, Stream stream);
+/// overflowed may be null.
+Status gated(math::Activation activation, math::Dtype dtype, const Spans& spans, const void* gate,
+             const void* up, void* y, int64_t* overflowed, Stream stream);
+Status gated_backward(math::Activation activation, math::Dtype dtype, const Spans& spans,
+                      const void* grad, const void* gate, const void* up, void* dgate, void* dup,
+                      Stream stream);
+
+/// Rows whose bias gradient is summed in FP32.
+constexpr int64_t kDropoutRows = 64;
+/// Contiguous operands. Null: seed (nothing is drawn), bias, bias_gradient.
+struct DropoutArguments {
+  int64_t numel = 0;
+  int64_t width = 1;  ///< length of the bias
+  const int64_t* seed = nullptr;
+  uint32_t threshold = 0;
+  double scale = 1;
+  const void* x = nullptr;  ///< the gradient in the backward
+  const void* bias = nullptr;
+  const void* residual = nullptr;
+  void* y = nullptr;
+  void* bias_gradient = nullptr;
+  /// Scratch, with a bias gradient: 2 entries for every 64 elements begun; [row blocks, width] of
+  /// the compute type.
+  uint32_t* bits = nullptr;
+  void* partials = nullptr;
+};
+Status dropout_add(math::Dtype dtype, const DropoutArguments& arguments, Stream stream);
+/// y = x factor; with a bias gradient also its sums over rows.
+Status dropout_backward(math::Dtype dtype, const DropoutArguments& arguments, Stream stream);
 
 }  // namespace halfstep::cuda

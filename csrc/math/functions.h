@@ -5,7 +5,7 @@
 // library's, element by element; FP64 is there to check derivatives with, not to be fast.
 //
 //   exp: x = n ln2 + r, a polynomial of degree 6 in r, times 2^n in two factors, so that subnormal
-//   results round once. Within 1 ULP.
+//   results round once. Within 1.05 ULP.
 //   normal: Phi(-t) = exp(-t^2/2) R(t) for t >= 0, and R(t) (1 + t) is a polynomial of degree 10 in
 //   (t-3)/(t+3): relative error below 2e-8 over the whole range in which Phi(-t) is not zero.
 // Coefficients: Chebyshev interpolation of the exact functions, then rounded to FP32.
@@ -79,11 +79,23 @@ HALFSTEP_FN V exp(V x) {
   }
 }
 
-/// 1 / (1 + e^-x).
+/// The logistic function at x: `below` = 1 / (1 + e^-x), `above` = 1 - below. Both keep their
+/// relative precision: e^-|x| does not overflow, and nothing is subtracted from one.
+template <class V>
+struct Logistic {
+  V below, above;
+};
+template <class V>
+HALFSTEP_FN Logistic<V> logistic(V x) {
+  const V one = broadcast<V>(1), zero = broadcast<V>(0);
+  const V small = exp(zero - abs(x));
+  const V large = one / (one + small), rest = small * large;
+  const auto positive = x >= zero;
+  return {select(positive, large, rest), select(positive, rest, large)};
+}
 template <class V>
 HALFSTEP_FN V sigmoid(V x) {
-  const V one = broadcast<V>(1);
-  return one / (one + exp(broadcast<V>(0) - x));
+  return logistic(x).below;
 }
 
 /// The standard normal distribution at x: `below` = Phi(x), `density` = phi(x) = Phi'(x).
@@ -119,56 +131,60 @@ HALFSTEP_FN Normal<V> normal(V x) {
   }
 }
 
+// The activations below do not hide what came in: an infinite x gives an infinity or, where the
+// limit would be 0, NaN, and so do their slopes. (torch does the same; a -inf is an overflow
+// upstream.)
+
 /// x Phi(x), the Gaussian error linear unit (Hendrycks and Gimpel, arXiv 1606.08415).
 template <class V>
 HALFSTEP_FN V gelu(V x) {
-  const V y = x * normal(x).below;
-  // Phi(-inf) is 0, and so is the limit of the product.
-  return select(x >= broadcast<V>(-100), y, select(x == x, broadcast<V>(-0.0f), x));
+  return x * normal(x).below;
 }
 /// Its derivative, Phi(x) + x phi(x).
 template <class V>
 HALFSTEP_FN V gelu_slope(V x) {
   const Normal<V> n = normal(x);
-  const V far = broadcast<V>(100);
-  const V slope = fma(x, n.density, n.below);
-  return select(far >= abs(x), slope, n.below);
+  return fma(x, n.density, n.below);
 }
 
 /// The same with Phi(x) taken as (1 + tanh u)/2 = sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
 template <class V>
-HALFSTEP_FN V gelu_tanh_gate(V x) {
+HALFSTEP_FN Logistic<V> gelu_tanh_gate(V x) {
   using T = typename Traits<V>::Scalar;
   const V cubic = fma(x * x, broadcast<V>(T(0.044715 * 1.5957691216057307118)),
                       broadcast<V>(T(1.5957691216057307118)));
-  return sigmoid(x * cubic);
+  return logistic(x * cubic);
 }
 template <class V>
 HALFSTEP_FN V gelu_tanh(V x) {
-  const V y = x * gelu_tanh_gate(x);
-  return select(x >= broadcast<V>(-100), y, select(x == x, broadcast<V>(-0.0f), x));
+  return x * gelu_tanh_gate(x).below;
+}
+template <class V>
+HALFSTEP_FN V gelu_tanh_slope(V x, const Logistic<V>& gate) {
+  using T = typename Traits<V>::Scalar;
+  // Beyond 100 the slope is 0 or 1; there x^2 must not become infinite.
+  const V far = broadcast<V>(100), bounded = select(far >= abs(x), x, far);
+  const V inner = fma(bounded * bounded, broadcast<V>(T(3 * 0.044715 * 1.5957691216057307118)),
+                      broadcast<V>(T(1.5957691216057307118)));
+  return fma(x * gate.below * gate.above, inner, gate.below);
 }
 template <class V>
 HALFSTEP_FN V gelu_tanh_slope(V x) {
-  using T = typename Traits<V>::Scalar;
-  const V gate = gelu_tanh_gate(x), far = broadcast<V>(100);
-  const V inner = fma(x * x, broadcast<V>(T(3 * 0.044715 * 1.5957691216057307118)),
-                      broadcast<V>(T(1.5957691216057307118)));
-  const V slope = fma(x * gate * (broadcast<V>(1) - gate), inner, gate);
-  return select(far >= abs(x), slope, gate);
+  return gelu_tanh_slope(x, gelu_tanh_gate(x));
 }
 
 /// x sigmoid(x) and its derivative, s (1 + x (1 - s)).
 template <class V>
 HALFSTEP_FN V silu(V x) {
-  const V y = x * sigmoid(x);
-  return select(x >= broadcast<V>(-1000), y, select(x == x, broadcast<V>(-0.0f), x));
+  return x * sigmoid(x);
+}
+template <class V>
+HALFSTEP_FN V silu_slope(V x, const Logistic<V>& gate) {
+  return gate.below * fma(x, gate.above, broadcast<V>(1));
 }
 template <class V>
 HALFSTEP_FN V silu_slope(V x) {
-  const V gate = sigmoid(x), one = broadcast<V>(1);
-  const V slope = gate * fma(x, one - gate, one);
-  return select(broadcast<V>(1000) >= abs(x), slope, gate);
+  return silu_slope(x, logistic(x));
 }
 
 /// max(x, 0), NaN for NaN, and the derivative of torch: 0 at 0.

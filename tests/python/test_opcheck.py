@@ -116,6 +116,98 @@ def samples_scale_gradient():
 samples_scale_gradient_backward = samples_scale_gradient
 
 
+def floating(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+def samples_silu():
+    for dtype in FLOATS:
+        for shape in ((5, 3), (), (0, 2)):
+            yield (floating(*shape, dtype=dtype),), {}
+    yield (torch.randn(6, 4).half()[::2, 1:].requires_grad_(),), {}
+    yield (torch.randn(2, 3, 4, 5).half().to(memory_format=torch.channels_last).requires_grad_(),), {}
+
+
+samples_squared_relu = samples_silu
+
+
+def samples_gelu():
+    for args, _ in samples_silu():
+        yield args, {}
+        yield args, {"approximate": "tanh"}
+
+
+def samples_silu_backward():
+    for (x,), _ in samples_silu():
+        yield (torch.randn_like(x).requires_grad_(), x), {}
+
+
+samples_squared_relu_backward = samples_silu_backward
+
+
+def samples_gelu_backward():
+    for args, _ in samples_silu_backward():
+        yield args, {"approximate": "tanh"}
+    yield args, {}
+
+
+def samples_swiglu():
+    for dtype in FLOATS:
+        yield (floating(5, 6, dtype=dtype), floating(5, 6, dtype=dtype)), {}
+        yield (floating(5, 6, dtype=dtype), None), {}
+    yield (floating(0, 6), floating(0, 6)), {}
+    yield tuple(t.requires_grad_() for t in torch.randn(3, 4, 12).half().chunk(2, -1)), {}
+    yield (torch.randn(6, 4).half().t().requires_grad_(), floating(4, 6, dtype=torch.float16)), {}
+
+
+def samples_geglu():
+    for args, _ in samples_swiglu():
+        yield args, {"approximate": "tanh"}
+    yield args, {}
+
+
+def samples_swiglu_backward():
+    for args, _ in samples_swiglu():
+        y = H.swiglu(*args)
+        yield (torch.randn_like(y).requires_grad_(), *args), {}
+
+
+def samples_geglu_backward():
+    for args, _ in samples_swiglu_backward():
+        yield args, {"approximate": "tanh"}
+    yield args, {}
+
+
+def samples_swiglu_counted():
+    for args, _ in samples_swiglu():
+        yield (*args, torch.zeros((), dtype=torch.int64)), {}
+
+
+def samples_geglu_counted():
+    for args, _ in samples_swiglu_counted():
+        yield args, {"approximate": "tanh"}
+    yield args, {}
+
+
+def samples_bias_dropout_add():
+    seed = torch.tensor([3, 4])
+    for dtype in FLOATS:
+        yield (floating(5, 6, dtype=dtype), floating(6, dtype=dtype), floating(5, 6, dtype=dtype), 0.5, seed), {}
+    yield (floating(5, 6), None, floating(5, 6), 0.5, seed), {}
+    yield (floating(5, 6), floating(6), floating(5, 6), 0.0), {}
+    yield (floating(0, 6), floating(6), floating(0, 6), 0.5, seed), {}
+    yield (torch.randn(6, 4).half().t().requires_grad_(), floating(6, dtype=torch.float16), floating(4, 6, dtype=torch.float16), 0.5, seed), {}
+
+
+def samples_bias_dropout_add_backward():
+    seed = torch.tensor([3, 4])
+    for dtype in FLOATS:
+        yield (floating(5, 6, dtype=dtype), 0.5, seed, True), {}
+    yield (floating(5, 6), 0.5, seed, False), {}
+    yield (floating(5, 6), 0.0), {}
+    yield (floating(0, 6), 0.5, seed, True), {}
+
+
 def step_samples(states, **numbers):
     """Every master mode; in one of them EMA and zeroed gradients; 16-bit and int8 states where the update is in FP32."""
     control = lambda grads: H.step_control([H.grad_stats(grads, [])], torch.tensor(2.0), None, None, 1.0)

@@ -30,6 +30,8 @@ template <class Constants>
 using NormsKernel = Norms (*)(const StepTensor& tensor, const Constants& constants, int64_t begin,
                               int64_t end);
 
+struct ActivationKernels;  // activation.h
+
 struct Kernels {
   const char* name;  ///< "default", "avx2", "avx512"
 
@@ -70,6 +72,7 @@ struct Kernels {
                       int64_t begin, int64_t end);
 
   const NormKernels* norm;
+  const ActivationKernels* activation;
 };
 
 extern const Kernels kKernelsDefault;

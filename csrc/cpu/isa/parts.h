@@ -27,5 +27,6 @@ void read_state(const StepTensor& t, bool is_signed, void* values, int64_t begin
 void write_state(const StepTensor& t, bool is_signed, const void* values, uint32_t key,
                  int64_t begin, int64_t end);
 extern const NormKernels kNorm;
+extern const ActivationKernels kActivation;
 
 }  // namespace halfstep::cpu::inline HALFSTEP_ISA

@@ -20,5 +20,6 @@ const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME,
                                 read_state,
                                 write_state,
                                 &kNorm};
+                                &kActivation};
 
 }  // namespace halfstep::cpu

@@ -4,4 +4,5 @@
 // op, with one rounding.
 
 #include "functional/norm.h"
+#include "functional/activation.h"
 #include "functional/scale_gradient.h"

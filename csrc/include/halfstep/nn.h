@@ -4,3 +4,4 @@
 // halfstep's ops.
 
 #include "nn/norm.h"
+#include "nn/activation.h"

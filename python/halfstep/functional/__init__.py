@@ -4,3 +4,7 @@ from ._norm import layer_norm, rms_norm
 from ._scale_gradient import scale_gradient
 
 __all__ = ["layer_norm", "rms_norm", "scale_gradient"]
+from ._activation import bias_dropout_add, geglu, gelu, silu, squared_relu, swiglu
+from ._scale_gradient import scale_gradient
+
+__all__ = ["bias_dropout_add", "geglu", "gelu", "scale_gradient", "silu", "squared_relu", "swiglu"]

@@ -3,3 +3,6 @@
 from ._norm import LayerNorm, RMSNorm
 
 __all__ = ["LayerNorm", "RMSNorm"]
+from ._activation import GELU, BiasDropoutAdd, GeGLU, SiLU, SquaredReLU, SwiGLU
+
+__all__ = ["BiasDropoutAdd", "GELU", "GeGLU", "SiLU", "SquaredReLU", "SwiGLU"]
