@@ -6,7 +6,9 @@
 
 #include "../csrc/math/grads.h"
 #include "../csrc/math/optim.h"
+#include "../csrc/math/rope.h"
 #include "../csrc/math/scale_statistics.h"
+#include "../csrc/math/softmax.h"
 
 struct CUstream_st;
 
@@ -124,5 +126,10 @@ Status refresh_masters(const Table& table, bool dry_run, int64_t* counts, Stream
 /// FP32 values (tensor.param) of tensor.state[0], which is BF16 or int8, and back.
 Status read_state(const Table& table, bool is_signed, Stream stream);
 Status write_state(const Table& table, bool is_signed, uint32_t random, Stream stream);
+
+// ---- softmax, rope -----------------------------------------------------------------------------
+Status softmax(const math::SoftmaxRows& all, Stream stream);
+Status softmax_backward(const math::SoftmaxRows& all, Stream stream);
+Status rope(const math::RopeRows& all, Stream stream);
 
 }  // namespace halfstep::cuda

@@ -29,6 +29,9 @@ template <class Constants>
 using NormsKernel = Norms (*)(const StepTensor& tensor, const Constants& constants, int64_t begin,
                               int64_t end);
 
+struct RopeKernels;
+struct SoftmaxKernels;
+
 struct Kernels {
   const char* name;  ///< "default", "avx2", "avx512"
 
@@ -67,6 +70,9 @@ struct Kernels {
                      int64_t end);
   void (*write_state)(const StepTensor& tensor, bool is_signed, const void* values, uint32_t key,
                       int64_t begin, int64_t end);
+
+  const SoftmaxKernels* softmax;  ///< softmax.h
+  const RopeKernels* rope;        ///< rope.h
 };
 
 extern const Kernels kKernelsDefault;

@@ -1,4 +1,6 @@
 #include "parts.h"
+#include "rope.h"
+#include "softmax.h"
 
 namespace halfstep::cpu {
 
@@ -18,6 +20,8 @@ const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME,
                                 read_masters,
                                 refresh_masters,
                                 read_state,
-                                write_state};
+                                write_state,
+                                &kSoftmax,
+                                &kRope};
 
 }  // namespace halfstep::cpu

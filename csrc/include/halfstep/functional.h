@@ -3,4 +3,6 @@
 // Layer functions, with the names and conventions of torch::nn::functional. Each is one registered
 // op, with one rounding.
 
+#include "functional/rope.h"
 #include "functional/scale_gradient.h"
+#include "functional/softmax.h"

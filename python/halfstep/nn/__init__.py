@@ -1,3 +1,6 @@
 """Layers under torch.nn's names: the same constructor, parameters and state dict, computed by torch.ops.halfstep."""
 
-__all__ = []
+from ._rope import RotaryEmbedding
+from ._softmax import Softmax
+
+__all__ = ["RotaryEmbedding", "Softmax"]
