@@ -63,7 +63,7 @@ def test_layouts_and_broadcast(interleaved):
         cos, sin = tables(*shape, 4)
         want = rope(x, cos, sin, interleaved)
         assert torch.equal(want, rope(x, cos.expand(4, 6, 8, 4).contiguous(), sin.expand(4, 6, 8, 4).contiguous(), interleaved))
-        for _, y in layers.layouts(x):
+        for _, y in list(layers.layouts(x.clone())):
             got = rope(y, cos, sin, interleaved)
             assert torch.equal(got, want) and got.stride() == torch.empty_like(y).stride()
             rope_(y, cos, sin, interleaved, False)
@@ -152,20 +152,19 @@ def test_the_inverse_undoes_it():
 
 
 def test_same_bits_every_time_and_in_every_batch():
-    x, (cos, sin) = torch.randn(6, 4, 40, 64).half(), tables(40, 32)
+    x, (cos, sin) = torch.randn(6, 2, 20, 64).half(), tables(20, 32)
     layers.check_repeats(lambda x: rope(x, cos, sin), [x], [torch.randn(x.shape).half()])
     layers.check_rows_independent(lambda x: rope(x, cos, sin), [x], lambda inputs, part: [inputs[0][part]])
     layers.check_scale_exact(lambda x: rope(x, cos, sin), [x], [(torch.randn(x.shape) / 16).half()], range(0, 13, 3))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_it_compiles_into_one_graph(backend):
+def test_it_compiles_into_one_graph():
     module = hs.nn.RotaryEmbedding(16, max_seq_len=128)
 
     def make(n):
         return [torch.randn(2, 4, n, 24).half(), torch.randint(0, 128, (2, n))], [torch.randn(2, 4, n, 24).half()]
 
-    layers.check_compiled(lambda x, positions: module(module(x * 2), positions), make, (5, 33, 100), backend)
+    layers.check_compiled(lambda x, positions: module(module(x * 2), positions), make, (5, 33, 100))
 
     def in_place(x, positions):
         y = x * 2
