@@ -7,7 +7,9 @@
 #include "../csrc/math/activation.h"
 #include "../csrc/math/grads.h"
 #include "../csrc/math/optim.h"
+#include "../csrc/math/rope.h"
 #include "../csrc/math/scale_statistics.h"
+#include "../csrc/math/softmax.h"
 
 struct CUstream_st;
 
@@ -202,5 +204,9 @@ struct DropoutArguments {
 Status dropout_add(math::Dtype dtype, const DropoutArguments& arguments, Stream stream);
 /// y = x factor; with a bias gradient also its sums over rows.
 Status dropout_backward(math::Dtype dtype, const DropoutArguments& arguments, Stream stream);
+// ---- softmax, rope -----------------------------------------------------------------------------
+Status softmax(const math::SoftmaxRows& all, Stream stream);
+Status softmax_backward(const math::SoftmaxRows& all, Stream stream);
+Status rope(const math::RopeRows& all, Stream stream);
 
 }  // namespace halfstep::cuda

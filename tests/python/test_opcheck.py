@@ -206,6 +206,33 @@ def samples_bias_dropout_add_backward():
     yield (floating(5, 6), 0.5, seed, False), {}
     yield (floating(5, 6), 0.0), {}
     yield (floating(0, 6), 0.5, seed, True), {}
+def samples_softmax():
+    for dtype in FLOATS:
+        yield (torch.randn(2, 3, 5, 7).to(dtype).requires_grad_(), -1, 0.5, torch.rand(3, 1, 7) > 0.3, True), {}
+        yield (torch.randn(4, 7).to(dtype).requires_grad_(), 0, 1.0, torch.randn(7, requires_grad=True), False), {}
+    for shape in ((), (0, 3), (3, 0)):
+        yield (torch.randn(shape).half().requires_grad_(), -1, 1.0, None, False), {}
+    yield (torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last).requires_grad_(), 1, 1.0, None, False), {}
+
+
+def samples_softmax_backward():
+    for dtype in FLOATS:
+        y = torch.randn(2, 5, 7).softmax(-1).to(dtype)
+        yield (torch.randn(2, 5, 7).to(dtype).requires_grad_(), y.requires_grad_(), -1, 0.5, True), {}
+        yield (torch.randn(2, 5, 7).to(dtype), y.transpose(0, 2).contiguous().transpose(0, 2).detach(), 2, 2.0, False), {}
+
+
+def samples_rope():
+    for dtype in FLOATS:
+        for interleaved in (False, True):
+            yield (torch.randn(2, 3, 5, 12).to(dtype).requires_grad_(), torch.randn(5, 4), torch.randn(5, 4), interleaved, False), {}
+    yield (torch.randn(2, 5, 3, 8).half().transpose(1, 2).requires_grad_(), torch.randn(5, 4).double(), torch.randn(5, 4).double(), False, True), {}
+    yield (torch.randn(0, 8), torch.randn(0, 4), torch.randn(0, 4), False, False), {}
+
+
+def samples_rope_():
+    for args, kwargs in samples_rope():
+        yield (args[0].detach().clone(), *args[1:]), kwargs
 
 
 def step_samples(states, **numbers):

@@ -31,6 +31,8 @@ using NormsKernel = Norms (*)(const StepTensor& tensor, const Constants& constan
                               int64_t end);
 
 struct ActivationKernels;  // activation.h
+struct RopeKernels;
+struct SoftmaxKernels;
 
 struct Kernels {
   const char* name;  ///< "default", "avx2", "avx512"
@@ -73,6 +75,8 @@ struct Kernels {
 
   const NormKernels* norm;
   const ActivationKernels* activation;
+  const SoftmaxKernels* softmax;  ///< softmax.h
+  const RopeKernels* rope;        ///< rope.h
 };
 
 extern const Kernels kKernelsDefault;

@@ -1,4 +1,6 @@
 #include "parts.h"
+#include "rope.h"
+#include "softmax.h"
 
 namespace halfstep::cpu {
 
@@ -21,5 +23,7 @@ const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME,
                                 write_state,
                                 &kNorm};
                                 &kActivation};
+                                &kSoftmax,
+                                &kRope};
 
 }  // namespace halfstep::cpu

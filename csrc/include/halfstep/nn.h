@@ -5,3 +5,5 @@
 
 #include "nn/norm.h"
 #include "nn/activation.h"
+#include "nn/rope.h"
+#include "nn/softmax.h"

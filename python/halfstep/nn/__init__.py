@@ -6,3 +6,7 @@ __all__ = ["LayerNorm", "RMSNorm"]
 from ._activation import GELU, BiasDropoutAdd, GeGLU, SiLU, SquaredReLU, SwiGLU
 
 __all__ = ["BiasDropoutAdd", "GELU", "GeGLU", "SiLU", "SquaredReLU", "SwiGLU"]
+from ._rope import RotaryEmbedding
+from ._softmax import Softmax
+
+__all__ = ["RotaryEmbedding", "Softmax"]
