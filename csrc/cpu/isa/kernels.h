@@ -8,6 +8,7 @@
 
 #include "../../math/grads.h"
 #include "../../math/optim.h"
+#include "loss.h"
 
 namespace halfstep::cpu {
 
@@ -67,6 +68,8 @@ struct Kernels {
                      int64_t end);
   void (*write_state)(const StepTensor& tensor, bool is_signed, const void* values, uint32_t key,
                       int64_t begin, int64_t end);
+
+  const LossKernels* loss;
 };
 
 extern const Kernels kKernelsDefault;

@@ -26,5 +26,6 @@ int64_t refresh_masters(const StepTensor& tensor, bool dry_run, int64_t begin, i
 void read_state(const StepTensor& t, bool is_signed, void* values, int64_t begin, int64_t end);
 void write_state(const StepTensor& t, bool is_signed, const void* values, uint32_t key,
                  int64_t begin, int64_t end);
+extern const LossKernels kLossKernels;
 
 }  // namespace halfstep::cpu::inline HALFSTEP_ISA

@@ -18,6 +18,7 @@ const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME,
                                 read_masters,
                                 refresh_masters,
                                 read_state,
-                                write_state};
+                                write_state,
+                                &kLossKernels};
 
 }  // namespace halfstep::cpu
