@@ -52,9 +52,10 @@ class Chunks {
         wide_weight_(widens_ ? classes_of_piece_ * x.size(1) : 0) {
     const auto options = x.options().dtype(type_);
     if (bias) bias_ = bias->to(type_);
-    logits_ = at::empty({rows_of_chunk_, classes_}, options);
+    logits_ = fresh({rows_of_chunk_, classes_}, options);
     losses = at::empty({rows_}, x.options().dtype(at::kDouble));
-    if (wants[1]) grad_weight = at::zeros(weight.sizes(), options);
+    if (wants[1]) grad_weight = fresh(weight.sizes(), options);
+    if (wants[1] && rows_ == 0) grad_weight.zero_();
     if (wants[2]) grad_bias = at::zeros({classes_}, options);
   }
 
@@ -119,13 +120,19 @@ class Chunks {
   void form_grads(int64_t first, const at::Tensor& x, const at::Tensor& logits,
                   const GradX& grad_x) {
     at::Tensor dx;
-    if (wants_[0]) dx = at::zeros(x.sizes(), x.options());
+    if (wants_[0]) dx = at::empty(x.sizes(), x.options());
     for_pieces([&](int64_t c, int64_t count, const at::Tensor& weight) {
       const at::Tensor grad = logits.narrow(1, c, count);
-      if (wants_[0]) at::cpu::addmm_(dx, grad, weight);
+      if (wants_[0] && c == 0)
+        at::cpu::mm_out(dx, grad, weight);
+      else if (wants_[0])
+        at::cpu::addmm_(dx, grad, weight);
       if (!wants_[1]) return;
       at::Tensor dw = grad_weight.narrow(0, c, count);
-      at::cpu::addmm_(dw, grad.t(), x);
+      if (first == 0)
+        at::cpu::mm_out(dw, grad.t(), x);
+      else
+        at::cpu::addmm_(dw, grad.t(), x);
     });
     if (wants_[0]) grad_x(first, dx);
   }
@@ -142,7 +149,9 @@ class Chunks {
 };
 
 at::Tensor or_empty(const at::Tensor& grad, const at::Tensor& x, at::ScalarType type) {
-  return grad.defined() ? grad.to(type) : at::empty({0}, x.options().dtype(type));
+  if (!grad.defined()) return at::empty({0}, x.options().dtype(type));
+  if (grad.scalar_type() == type) return grad;
+  return fresh(grad.sizes(), grad.options().dtype(type)).copy_(grad);
 }
 
 Forms forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& target,

@@ -1,10 +1,9 @@
 #include "loss.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <cmath>
+#include <sys/mman.h>
 
 namespace halfstep::cpu {
 
@@ -14,6 +13,17 @@ using ops::Reduction;
 double number(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? *tensor.const_data_ptr<double>()
                                              : double(*tensor.const_data_ptr<float>());
+}
+
+at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  at::Tensor tensor = at::empty(sizes, options);
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (begin + tensor.nbytes()) / kHuge * kHuge;
+  // Advice: what comes of it does not matter.
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  return tensor;
 }
 
 LossProblem::LossProblem(const char* op, const at::Tensor& rows, int64_t classes,
@@ -81,7 +91,7 @@ Forward cross_entropy_forward(const at::Tensor& given_logits, const at::Tensor& 
   const auto options = logits.options().dtype(ops::wide_type(logits));
   const double total = problem.total();
   at::Tensor grad =
-      grad_scale ? at::empty({rows, classes}, logits.options()) : at::empty({0}, logits.options());
+      grad_scale ? fresh({rows, classes}, logits.options()) : at::empty({0}, logits.options());
   const double factor =
       grad_scale ? number(*grad_scale) / (reduction == Reduction::kMean ? total : 1) : 0;
   const at::Tensor losses = at::empty({rows}, options.dtype(at::kDouble));
@@ -140,7 +150,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& given_grad, const at::Tensor
   const LossProblem problem(kOp, logits, classes, target, weight, ignore_index, smoothing, z_loss);
   const at::Tensor grad_output = given_grad.contiguous();
   const double divisor = reduction == Reduction::kMean ? number(total) : 1;
-  at::Tensor grad = at::empty({rows, classes}, logits.options());
+  at::Tensor grad = fresh({rows, classes}, logits.options());
   const auto dtype = ops::dtype_code(logits.scalar_type());
   const auto wide = ops::dtype_code(stats.scalar_type());
   const auto arrives = ops::dtype_code(grad_output.scalar_type());
@@ -187,7 +197,7 @@ void rescale(const at::Tensor& grad, const at::Tensor& grad_output,
 at::Tensor rescale_gradient(const at::Tensor& grad, const at::Tensor& grad_output,
                             const OptionalTensor& grad_scale, at::ScalarType dtype) {
   ops::check_rescale("rescale_gradient", grad, grad_output, grad_scale);
-  at::Tensor out = at::empty_like(grad, grad.options().dtype(dtype));
+  at::Tensor out = fresh(grad.sizes(), grad.options().dtype(dtype));
   rescale(grad, grad_output, grad_scale, out);
   return out;
 }

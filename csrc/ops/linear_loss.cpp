@@ -169,9 +169,9 @@ struct LinearCrossEntropyRows : torch::autograd::Function<LinearCrossEntropyRows
     } else {
       const auto dtype = at::ScalarType(numbers["dtype"].toInt());
       const auto scale = given(saved[3]);
-      if (wants[0]) dx = rescaled(saved[0], grads[0], scale, dtype);
-      if (wants[1]) dw = rescaled(saved[1], grads[0], scale, dtype);
-      if (wants[2]) db = rescaled(saved[2], grads[0], scale, dtype);
+      if (wants[0]) dx = rescaled("linear_cross_entropy", saved[0], grads[0], scale, dtype);
+      if (wants[1]) dw = rescaled("linear_cross_entropy", saved[1], grads[0], scale, dtype);
+      if (wants[2]) db = rescaled("linear_cross_entropy", saved[2], grads[0], scale, dtype);
     }
     const auto only = [&](bool wanted, const at::Tensor& t) { return wanted ? t : at::Tensor(); };
     return {only(wants[0], dx), only(wants[1], dw), {}, only(wants[2], db), {}, {}, {}, {}, {}, {}};

@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include "dispatch.h"
@@ -149,7 +148,7 @@ struct CrossEntropyRows : torch::autograd::Function<CrossEntropyRows> {
     auto& numbers = context->saved_data;
     at::Tensor grad;
     if (numbers["formed"].toBool())
-      grad = rescaled(saved[0], grads[0], saved[1], saved[0].scalar_type());
+      grad = rescaled("cross_entropy", saved[0], grads[0], saved[1], saved[0].scalar_type());
     else
       grad = call_backward(grads[0], saved[0], saved[1], given(saved[2]), saved[3], saved[4],
                            numbers["ignore_index"].toInt(), numbers["reduction"].toStringRef(),

@@ -2,6 +2,7 @@
 
 // Typed calls of the ops that the two losses share.
 
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <string>
@@ -50,14 +51,19 @@ inline at::Tensor call_rescale(const at::Tensor& grad, const at::Tensor& grad_ou
 
 /// A gradient that the forward has formed and kept, in `dtype` and for the grad_output that came.
 /// In its own memory where it will not be asked for again.
-inline at::Tensor rescaled(const at::Tensor& kept, const at::Tensor& grad_output,
+inline at::Tensor rescaled(const char* op, const at::Tensor& kept, const at::Tensor& grad_output,
                            const OptionalTensor& grad_scale, at::ScalarType dtype) {
   static const auto in_place =
       find_op<void(const at::Tensor&, const at::Tensor&, const OptionalTensor&)>(
           "halfstep::rescale_gradient_");
   if (!kept.defined()) return kept;
-  if (kept.scalar_type() != dtype || c10::GradMode::is_enabled() ||
-      torch::autograd::get_current_graph_task_keep_graph())
+  if (c10::GradMode::is_enabled()) {  // for a second derivative, which depends on what is not kept
+    at::Tensor grad = call_rescale(kept, grad_output.detach(), grad_scale, dtype);
+    const at::Tensor input = at::empty({0}, kept.options()).set_requires_grad(true);
+    differentiable_once(op, {&input}, {&grad});
+    return grad;
+  }
+  if (kept.scalar_type() != dtype || torch::autograd::get_current_graph_task_keep_graph())
     return call_rescale(kept, grad_output, grad_scale, dtype);
   in_place.call(kept, grad_output, grad_scale);
   return kept;
