@@ -11,8 +11,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     forward(logits, target, grad_scale=None); `weight` is a buffer, as in torch. The loss is FP32 (FP64 for FP64 logits).
     """
 
-    def __init__(self, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, z_loss=0.0):
-        super().__init__(weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    def __init__(self, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0, z_loss=0.0):
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss = z_loss
 
     def forward(self, input, target, grad_scale=None):
