@@ -1,6 +1,6 @@
 // Cross entropy of a linear layer in chunks of rows (csrc/ops/linear_loss.cpp).
 //
-//   A chunk's logits lie in one buffer of kLogits FP32 numbers at most, or 64 rows: it holds the
+//   A chunk's logits lie in one buffer of kLogits FP32 numbers, or 256 rows of more: it holds the
 //   logits, then their gradient in place. 16-bit inputs are widened in pieces of weight rows that
 //   stay in the cache, so that products, logits and sums are FP32: as quick here as 16-bit products
 //   (docs/overrides.md), and free of the logits' rounding. The gradient of weight is summed over
