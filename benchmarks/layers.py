@@ -73,11 +73,12 @@ def measure(case, rounds, compile):
         except RuntimeError as error:  # torch refuses some dtypes
             print(f"{case.name}: {name}: {str(error).splitlines()[0]}", file=sys.stderr)
     times = [{name: run() for name, (run, first) in usable.items() if first < SLOW_MS or r < 2} for r in range(rounds)]
-    row = {"case": case.name, "ours_ms": statistics.median(t["ours"] for t in times)}
+    row = {"case": case.name, "ours_ms": statistics.median(t["ours"] for t in times if "ours" in t)}
     for name in usable:
         row[f"{name}_ms"] = statistics.median(t[name] for t in times if name in t)
     row["best"] = min((n for n in usable if n != "ours"), key=lambda n: row[f"{n}_ms"])
-    row["ratio"] = statistics.median(min(v for n, v in t.items() if n != "ours") / t["ours"] for t in times)
+    both = [t for t in times if "ours" in t and row["best"] in t]
+    row["ratio"] = statistics.median(min(v for n, v in t.items() if n != "ours") / t["ours"] for t in both)
     return row
 
 

@@ -6,6 +6,7 @@
 
 #include "../csrc/math/activation.h"
 #include "../csrc/math/grads.h"
+#include "../csrc/math/loss.h"
 #include "../csrc/math/optim.h"
 #include "../csrc/math/rope.h"
 #include "../csrc/math/scale_statistics.h"
@@ -208,5 +209,46 @@ Status dropout_backward(math::Dtype dtype, const DropoutArguments& arguments, St
 Status softmax(const math::SoftmaxRows& all, Stream stream);
 Status softmax_backward(const math::SoftmaxRows& all, Stream stream);
 Status rope(const math::RopeRows& all, Stream stream);
+// ---- loss --------------------------------------------------------------------------------------
+/// Rows of logits and what belongs to them. T: float, double for FP64 logits.
+struct LossRows {
+  math::CrossEntropy numbers;  ///< weights: T; weight_sum: looked at without weights only
+  const void* logits = nullptr;
+  math::Dtype dtype = math::Dtype::kF32;
+  int64_t rows = 0;
+  int64_t stride = 0;  ///< elements from one row to the next
+  const int64_t* labels = nullptr;
+  const double* sums = nullptr;  ///< of loss_sums
+  bool is_mean = false;          ///< gradients are divided by sums[0]
+  void* stats = nullptr;         ///< T [rows, 2]
+  double* losses = nullptr;      ///< [rows]
+  Scalar upstream;               ///< what arrives for the losses; 1 where it is null
+  bool per_row = false;          ///< upstream has `rows` elements
+  void* grad = nullptr;          ///< [rows, classes], or null
+  math::Dtype grad_dtype = math::Dtype::kF32;
+};
+/// sums: [2], the sum of the labels' weights, labels that are not classes left out, and the sum of
+/// all weights.
+Status loss_sums(const LossRows& rows, double* sums, Stream stream);
+/// Losses and stats, and the gradient where grad is set. A label that is neither a class nor the
+/// ignored one makes loss and gradient of its row NaN.
+Status loss_forward(const LossRows& rows, Stream stream);
+/// The gradient from stats. It may be written over the logits where the dtypes are the same.
+Status loss_backward(const LossRows& rows, Stream stream);
+/// out, one float or double: the sum of `losses`, divided by sums[0] for a mean.
+Status loss_total(const double* losses, int64_t rows, const double* sums, bool is_mean, void* out,
+                  bool is_double, Stream stream);
+/// out = grad * factor / divisor (1 where null), rows of `length` elements; factor has one element,
+/// or one for each row. In place a factor of 1 leaves the memory alone.
+struct Rescale {
+  const void* grad = nullptr;
+  math::Dtype dtype = math::Dtype::kF32;
+  void* out = nullptr;
+  math::Dtype out_dtype = math::Dtype::kF32;
+  int64_t rows = 0, length = 0;
+  Scalar factor, divisor;
+  bool per_row = false;
+};
+Status rescale_rows(const Rescale& rescale, Stream stream);
 
 }  // namespace halfstep::cuda

@@ -69,6 +69,14 @@ for dtype, kind in modes:
     if held == "int8":
         add(H.read_state(adam[0], adam[2], True), H.read_state(adam[1], adam[3], False))
         H.write_state_(value, adam[0], adam[2], True, 9); H.write_state_(value.abs(), adam[1], adam[3], False, 9); add(*adam)
+from itertools import product
+for dtype, classes in product((torch.float16, torch.bfloat16, torch.float32, torch.float64), (1, 15, 16, 17, 1000, 50_257)):
+    logits, target = random(5 * classes, 3.0).to(dtype).view(5, classes), torch.from_numpy(rng.integers(0, classes, 5))
+    target[3] = -100
+    for weight, smoothing, z in ((None, 0.0, 0.0), (random(classes).abs(), 0.1, 1e-3)):
+        loss, stats, total, grad = H.cross_entropy_forward(logits, target, weight, -100, "mean", smoothing, z, torch.tensor(1024.0))
+        add(loss, stats, total, grad, H.cross_entropy_backward(loss * 3, logits, target, weight, stats, total, -100, "mean", smoothing, z))
+        add(H.rescale_gradient(grad, torch.tensor(3.0), torch.tensor(1024.0), torch.float32))
 print(digest.hexdigest())
 """
 

@@ -354,6 +354,73 @@ def samples_rms_norm_backward():
         y, h, rstd = (t.detach() for t in H.rms_norm(x, [x.shape[-1]], weight, 1e-5, 1.0, residual))
         for mask in ([True] * 3, [True, False, False]):
             yield (y, None if residual is None else h.clone(), x.detach() if residual is None else h, [x.shape[-1]], weight, 1.0, rstd, mask), {}
+def logit_samples():
+    """Logits, labels and options: every dtype, plain, with all options, rows that are not contiguous, no rows."""
+    options = ((None, -100, "mean", 0.0, 0.0), (torch.rand(5), 1, "none", 0.1, 1e-3))
+    for dtype in FLOATS:
+        for rest in options:
+            yield torch.randn(4, 5).to(dtype), torch.tensor([4, 1, 0, 1]), rest
+    yield torch.randn(5, 4).half().t(), torch.tensor([4, 1, 0, 1]), (None, -100, "sum", 0.0, 0.0)
+    yield torch.randn(0, 5), torch.zeros(0, dtype=torch.int64), (None, -100, "sum", 0.0, 0.0)
+
+
+def samples_cross_entropy():
+    for logits, target, (*rest, smoothing, z) in logit_samples():
+        for scale in (None, torch.tensor(1024.0)):
+            yield (logits.clone().requires_grad_(), target, *rest, smoothing, z, scale), {}
+    yield (torch.randn(2, 5, 3).half().requires_grad_(), torch.tensor([[4, 1, 0]] * 2)), {}
+    yield (torch.randn(5).requires_grad_(), torch.tensor(4)), {}
+
+
+def samples_cross_entropy_forward():
+    for logits, target, rest in logit_samples():
+        for scale in (None, torch.tensor(1024.0)):
+            yield (logits, target, *rest, scale), {}
+
+
+def samples_cross_entropy_backward():
+    for logits, target, rest in logit_samples():
+        loss, stats, total, _ = H.cross_entropy_forward(logits, target, *rest, None)
+        yield (torch.ones_like(loss), logits.requires_grad_(), target, rest[0], stats, total, *rest[1:]), {}
+
+
+def samples_rescale_gradient():
+    for dtype in FLOATS:
+        for to in FLOATS:
+            yield (torch.randn(4, 5).to(dtype).requires_grad_(), torch.rand(4), torch.tensor(8.0), to), {}
+    yield (torch.randn(0, 5), torch.tensor(2.0), None, torch.float16), {}
+
+
+def samples_rescale_gradient_():
+    for dtype in FLOATS:
+        yield (torch.randn(4, 5).to(dtype), torch.rand(4), torch.tensor(8.0)), {}
+        yield (torch.randn(5).to(dtype), torch.tensor(2.0, dtype=torch.float64), None), {}
+
+
+def head_samples():
+    for dtype in FLOATS:
+        x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((4, 3), (5, 3), (5,)))
+        yield (x, weight, torch.tensor([4, 1, 0, 1]), bias, torch.rand(5), 1, "mean", 0.1, 1e-3)
+        yield (x, weight, torch.tensor([4, 1, 0, 1]), None, None, -100, "none", 0.0, 0.0)
+
+
+def samples_linear_cross_entropy():
+    for x, weight, target, bias, *rest in head_samples():
+        for scale in (None, torch.tensor(1024.0)):
+            grads = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias)]
+            yield (*grads[:2], target, grads[2], *rest, scale), {}
+    yield (torch.randn(2, 4, 3).requires_grad_(), torch.randn(5, 3), torch.tensor([[4, 1, 0, 1]] * 2)), {}
+
+
+def samples_linear_cross_entropy_forward():
+    for args in head_samples():
+        for scale in (None, torch.tensor(1024.0)):
+            yield (*args, scale, [True, True, args[3] is not None]), {}
+
+
+def samples_linear_cross_entropy_backward():
+    for x, weight, target, bias, *rest in head_samples():
+        yield (torch.rand(4), x.requires_grad_(), weight, target, bias, *rest[:2], *rest[3:], [True, False, bias is not None]), {}
 
 
 def all_ops():

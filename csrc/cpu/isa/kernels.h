@@ -9,6 +9,7 @@
 #include "../../math/grads.h"
 #include "../../math/optim.h"
 #include "norm.h"
+#include "loss.h"
 
 namespace halfstep::cpu {
 
@@ -77,6 +78,7 @@ struct Kernels {
   const ActivationKernels* activation;
   const SoftmaxKernels* softmax;  ///< softmax.h
   const RopeKernels* rope;        ///< rope.h
+  const LossKernels* loss;
 };
 
 extern const Kernels kKernelsDefault;

@@ -28,5 +28,6 @@ void write_state(const StepTensor& t, bool is_signed, const void* values, uint32
                  int64_t begin, int64_t end);
 extern const NormKernels kNorm;
 extern const ActivationKernels kActivation;
+extern const LossKernels kLossKernels;
 
 }  // namespace halfstep::cpu::inline HALFSTEP_ISA

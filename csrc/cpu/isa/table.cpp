@@ -25,5 +25,6 @@ const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME,
                                 &kActivation};
                                 &kSoftmax,
                                 &kRope};
+                                &kLossKernels};
 
 }  // namespace halfstep::cpu

@@ -6,5 +6,6 @@
 #include "functional/norm.h"
 #include "functional/activation.h"
 #include "functional/rope.h"
+#include "functional/loss.h"
 #include "functional/scale_gradient.h"
 #include "functional/softmax.h"

@@ -7,3 +7,4 @@
 #include "nn/activation.h"
 #include "nn/rope.h"
 #include "nn/softmax.h"
+#include "nn/loss.h"

@@ -10,3 +10,6 @@ from ._rope import RotaryEmbedding
 from ._softmax import Softmax
 
 __all__ = ["RotaryEmbedding", "Softmax"]
+from ._loss import CrossEntropyLoss, LinearCrossEntropyLoss
+
+__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
