@@ -79,5 +79,7 @@ bool widens_convolution(c10::ScalarType type) {
 
 bool widens_attention_backward(c10::ScalarType type) { return widens_convolution(type); }
 
+bool widens_layers(c10::ScalarType type) { return type == c10::kHalf && overrides_enabled(); }
+
 }  // namespace ops
 }  // namespace halfstep

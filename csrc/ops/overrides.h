@@ -13,5 +13,7 @@ bool widens_products(c10::ScalarType type);
 bool widens_convolution(c10::ScalarType type);
 /// The backward of attention: FP16 always, for the same reason.
 bool widens_attention_backward(c10::ScalarType type);
+/// Layers and functions whose stock FP16 kernel is slow with the unit too (docs/audit.md): FP16.
+bool widens_layers(c10::ScalarType type);
 
 }  // namespace halfstep::ops
