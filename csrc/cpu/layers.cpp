@@ -37,6 +37,8 @@
 #include <ATen/ops/tanh_ops.h>
 #include <torch/library.h>
 
+#include <mutex>
+
 #include "../ops/overrides.h"
 #include "wide.h"
 
@@ -64,50 +66,56 @@ OptionalTensor wide(const OptionalTensor& t) {
 
 // ---- by parts of the batch ---------------------------------------------------------------------
 
+/// A result that the parts fill; the first to come makes it, in its own part's layout.
+class Whole {
+ public:
+  const at::Tensor& like(const at::Tensor& part, int64_t rows) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (tensor_.defined()) return tensor_;
+    auto sizes = part.sizes().vec();
+    sizes[0] = rows;
+    const auto type = part.scalar_type() == at::kFloat ? at::kHalf : part.scalar_type();
+    return tensor_ = whole_like(part, sizes, type);
+  }
+  operator at::Tensor() const { return tensor_; }
+
+ private:
+  std::mutex mutex_;
+  at::Tensor tensor_;
+};
+
 /// Rows of one part of the batch.
 struct Rows {
   int64_t first, count, all, part;
 
   at::Tensor slice(const at::Tensor& t) const { return t.narrow(0, first, count); }
   at::Tensor operator()(const at::Tensor& t) const { return slice(t).to(at::kFloat); }
-
-  /// Rounds a part's result into the whole, which is made at the first part in that part's layout.
-  void store(const at::Tensor& part, at::Tensor& whole) const {
-    if (!part.defined()) return;
-    if (!whole.defined()) {
-      auto sizes = part.sizes().vec();
-      sizes[0] = all;
-      const auto type = part.scalar_type() == at::kFloat ? at::kHalf : part.scalar_type();
-      whole = whole_like(part, sizes, type);
-    }
-    slice(whole).copy_(part);
+  /// Rounds a part's result into the whole.
+  void store(const at::Tensor& result, Whole& whole) const {
+    if (result.defined()) slice(whole.like(result, all)).copy_(result);
   }
 };
 
-/// body(rows) for parts in which the larger of two operands has about kPiece / 8 elements, so that
-/// a part's FP32 copies stay in its core's cache. The first row alone makes the results, then the
-/// parts run in parallel; they do not depend on the number of threads. Rows too large for that are
-/// taken one after another, each by the kernel's own threads.
+/// body(rows) for parts in which the larger of two operands has about kPiece / 12 elements, so that
+/// a part's FP32 copies stay in its core's cache; parts run in parallel and do not depend on the
+/// number of threads. Rows too large for that are taken one after another, each by the kernel's own
+/// threads.
 template <class Body>
 void for_rows(const at::Tensor& one, const at::Tensor& other, const Body& body) {
-  const Plain plain;
   const int64_t all = one.size(0);
   const int64_t row = std::max<int64_t>(std::max(one.numel(), other.numel()) / all, 1);
   const bool large = row > kPiece / 4;
-  body(Rows{0, 1, all, 0});
-  const int64_t part = even_part(all - 1, (large ? kPiece : kPiece / 8) / row);
+  const int64_t part = even_part(all, (large ? kPiece : kPiece / 12) / row);
+  const int64_t parts = (all + part - 1) / part;
   const auto run = [&](int64_t first, int64_t end) {
-    for (int64_t i = first; i < end; ++i) {
-      const int64_t start = 1 + i * part;
-      body(Rows{start, std::min(part, all - start), all, i + 1});
-    }
+    const Plain plain;
+    for (int64_t i = first; i < end; ++i)
+      body(Rows{i * part, std::min(part, all - i * part), all, i});
   };
-  const int64_t parts = part == 0 ? 0 : (all - 1 + part - 1) / part;
-  if (large) return run(0, parts);
-  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t end) {
-    const Plain plain_here;
-    run(first, end);
-  });
+  if (large)
+    run(0, parts);
+  else
+    at::parallel_for(0, parts, 1, run);
 }
 
 /// Sum over the parts, in their order.
@@ -136,7 +144,7 @@ Three group_norm(DispatchKeySet keys, const at::Tensor& input, const OptionalTen
   const auto below = below_select(keys);
   if (!takes(keys, input, weight, bias) || n != input.size(0))
     return GroupNorm::redispatch(below, input, weight, bias, n, c, pixels, groups, eps);
-  at::Tensor out, mean, rstd;
+  Whole out, mean, rstd;
   const OptionalTensor wide_weight = wide(weight), wide_bias = wide(bias);
   for_rows(input, input, [&](const Rows& rows) {
     const auto [a, b, d] = GroupNorm::redispatch(below, rows(input), wide_weight, wide_bias,
@@ -156,7 +164,7 @@ Three group_norm_backward(DispatchKeySet keys, const at::Tensor& grad, const at:
   if (!takes(keys, grad, input, mean, rstd, weight) || n != input.size(0))
     return GroupNormBackward::redispatch(below, grad, input, mean, rstd, weight, n, c, pixels,
                                          groups, mask);
-  at::Tensor grad_input;
+  Whole grad_input;
   std::vector<at::Tensor> grad_weight(size_t(input.size(0))), grad_bias(grad_weight);
   const OptionalTensor wide_weight = wide(weight);
   for_rows(input, input, [&](const Rows& rows) {
@@ -178,7 +186,7 @@ at::Tensor im2col(DispatchKeySet keys, const at::Tensor& self, at::IntArrayRef k
   const auto below = below_select(keys);
   if (!takes(keys, self) || self.dim() != 4)
     return Op::redispatch(below, self, kernel, dilation, padding, stride);
-  at::Tensor out;
+  Whole out;
   for_rows(self, self, [&](const Rows& rows) {
     rows.store(Op::redispatch(below, rows(self), kernel, dilation, padding, stride), out);
   });
@@ -192,7 +200,7 @@ at::Tensor col2im(DispatchKeySet keys, const at::Tensor& self, c10::SymIntArrayR
   const auto below = below_select(keys);
   if (!takes(keys, self) || self.dim() != 3)
     return Op::redispatch(below, self, size, kernel, dilation, padding, stride);
-  at::Tensor out;
+  Whole out;
   for_rows(self, self, [&](const Rows& rows) {
     rows.store(Op::redispatch(below, rows(self), size, kernel, dilation, padding, stride), out);
   });
@@ -206,7 +214,7 @@ at::Tensor grid_sample(DispatchKeySet keys, const at::Tensor& input, const at::T
   const auto below = below_select(keys);
   if (!takes(keys, input, grid) || input.size(0) != grid.size(0))
     return Op::redispatch(below, input, grid, mode, padding, corners);
-  at::Tensor out;
+  Whole out;
   for_rows(input, grid, [&](const Rows& rows) {
     rows.store(Op::redispatch(below, rows(input), rows(grid), mode, padding, corners), out);
   });
@@ -222,7 +230,7 @@ std::tuple<at::Tensor, at::Tensor> grid_sample_backward(DispatchKeySet keys, con
   const auto below = below_select(keys);
   if (!takes(keys, grad, input, grid) || input.size(0) != grid.size(0))
     return Op::redispatch(below, grad, input, grid, mode, padding, corners, mask);
-  at::Tensor grad_input, grad_grid;
+  Whole grad_input, grad_grid;
   for_rows(input, grad, [&](const Rows& rows) {
     const auto [a, b] =
         Op::redispatch(below, rows(grad), rows(input), rows(grid), mode, padding, corners, mask);
@@ -240,7 +248,7 @@ at::Tensor avg_pool3d(DispatchKeySet keys, const at::Tensor& self, at::IntArrayR
   const auto below = below_select(keys);
   if (!takes(keys, self) || self.dim() < 4)
     return Op::redispatch(below, self, kernel, stride, padding, ceil, include_pad, divisor);
-  at::Tensor out;
+  Whole out;
   for_rows(self, self, [&](const Rows& rows) {
     rows.store(
         Op::redispatch(below, rows(self), kernel, stride, padding, ceil, include_pad, divisor),
@@ -257,7 +265,7 @@ at::Tensor avg_pool3d_backward(DispatchKeySet keys, const at::Tensor& grad, cons
   const auto below = below_select(keys);
   if (!takes(keys, grad, self) || self.dim() < 4 || grad.size(0) != self.size(0))
     return Op::redispatch(below, grad, self, kernel, stride, padding, ceil, include_pad, divisor);
-  at::Tensor out;
+  Whole out;
   for_rows(self, grad, [&](const Rows& rows) {
     rows.store(Op::redispatch(below, rows(grad), rows(self), kernel, stride, padding, ceil,
                               include_pad, divisor),
@@ -272,7 +280,7 @@ at::Tensor adaptive_avg_pool2d_backward(DispatchKeySet keys, const at::Tensor& g
   const auto below = below_select(keys);
   if (!takes(keys, grad, self) || self.dim() != 4 || grad.size(0) != self.size(0))
     return Op::redispatch(below, grad, self);
-  at::Tensor out;
+  Whole out;
   for_rows(self, grad, [&](const Rows& rows) {
     rows.store(Op::redispatch(below, rows(grad), rows(self)), out);
   });
@@ -311,7 +319,7 @@ at::Tensor vector_norm(DispatchKeySet keys, const at::Tensor& self, const at::Sc
   const auto below = below_select(keys);
   if (!takes(keys, self) || type || !leaves_rows(self, dims))
     return Op::redispatch(below, self, order, dims, keep, type);
-  at::Tensor out;
+  Whole out;
   for_rows(self, self, [&](const Rows& rows) {
     rows.store(Op::redispatch(below, rows(self), order, dims, keep, type), out);
   });
@@ -325,7 +333,7 @@ at::Tensor mean(DispatchKeySet keys, const at::Tensor& self, at::OptionalIntArra
   const auto below = below_select(keys);
   if (!takes(keys, self) || (type && *type != at::kHalf) || self.dim() == 0)
     return Op::redispatch(below, self, dims, keep, type);
-  at::Tensor out;
+  Whole out;
   if (leaves_rows(self, dims)) {
     for_rows(self, self, [&](const Rows& rows) {
       rows.store(Op::redispatch(below, rows(self), dims, keep, std::nullopt), out);
@@ -349,7 +357,7 @@ std::tuple<at::Tensor, at::Tensor> extreme(DispatchKeySet keys, const at::Tensor
   const auto below = below_select(keys);
   if (!takes(keys, self) || !leaves_rows(self, at::IntArrayRef(dim)))
     return Op::redispatch(below, self, dim, keep);
-  at::Tensor values, indices;
+  Whole values, indices;
   for_rows(self, self, [&](const Rows& rows) {
     const auto [a, b] = Op::redispatch(below, rows(self), dim, keep);
     rows.store(a, values);
