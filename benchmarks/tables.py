@@ -109,8 +109,8 @@ TABLES = {"audit": audit, "layers": layers, "backward_stats": backward_stats, "s
 
 def main():
     results = {}
-    for file in ("cpu.json", "audit_cpu.json"):
-        results |= json.loads((ROOT / "benchmarks/results" / file).read_text())
+    for file in sorted((ROOT / "benchmarks/results").glob("*cpu.json")):
+        results |= json.loads(file.read_text())
 
     def table(match):
         name = match.group(2)
