@@ -3,6 +3,8 @@
 
 #include <torch/nn/functional/padding.h>
 
+#include <array>
+
 namespace halfstep::nn {
 
 namespace {
@@ -20,6 +22,29 @@ at::Tensor padded(const at::Tensor& input, const Mode& mode, const std::vector<i
   else
     options.mode(torch::kCircular);
   return F::pad(input, options);
+}
+
+/// What lengthens the smallest output to `wanted`: the spatial sizes, or all of them.
+template <size_t D>
+torch::ExpandingArray<D> output_padding(const char* name, const at::Tensor& input,
+                                        const std::optional<at::IntArrayRef>& wanted,
+                                        const torch::nn::detail::ConvNdOptions<D>& o,
+                                        const torch::ExpandingArray<D>& padding) {
+  if (!wanted) return o.output_padding();
+  TORCH_CHECK(wanted->size() == D || wanted->size() == D + 2, name, ": output_size is ", *wanted,
+              "; expected ", D, " or ", D + 2, " entries");
+  const at::IntArrayRef sizes = wanted->slice(wanted->size() - D);
+  std::array<int64_t, D> result;
+  for (size_t d = 0; d < D; ++d) {
+    const int64_t kernel = (*o.dilation())[d] * ((*o.kernel_size())[d] - 1) + 1;
+    const int64_t least =
+        (input.size(int64_t(d) - int64_t(D)) - 1) * (*o.stride())[d] - 2 * (*padding)[d] + kernel;
+    result[d] = sizes[d] - least;
+    TORCH_CHECK(result[d] >= 0 && result[d] < (*o.stride())[d], name, ": output_size is ", *wanted,
+                "; expected from ", least, " to ", least + (*o.stride())[d] - 1, " in dimension ",
+                d);
+  }
+  return result;
 }
 
 /// A fresh module of the same type with copies of the parameters, their dtypes kept.
@@ -73,8 +98,7 @@ std::shared_ptr<torch::nn::Module> copy_of(const Module& module, const Options& 
     F::ConvTransposeFuncOptions<D> o;                                                              \
     o.bias(bias).stride(options.stride()).padding(padding()).groups(options.groups());             \
     o.dilation(options.dilation());                                                                \
-    o.output_padding(                                                                              \
-        _output_padding(input, output_size, options.stride(), padding(), options.kernel_size()));  \
+    o.output_padding(output_padding<D>(#name, input, output_size, options, padding()));            \
     return functional::function(input, weight, o);                                                 \
   }                                                                                                \
   std::shared_ptr<torch::nn::Module> name##Impl::clone(const std::optional<torch::Device>& device) \
