@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ from benchmarks/results/cpu.json, between `<!-- table: name -->` and `<!-- end -->`."""
+"""Writes the tables of README.md and docs/ from benchmarks/results/cpu.json and audit_cpu.json, between `<!-- table: name -->` and `<!-- end -->`."""
 
 import json
 import re
@@ -93,11 +93,30 @@ def gpt(result):
     return "\n".join(lines + [f"| {r['arm']} | {r['ms']:.1f} ms | {r['ratio']:.2f} |" for r in result["rows"]])
 
 
-TABLES = {"gpt": gpt, "layers": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
+def audit(result):
+    lines = ["Forward + backward over FP32's time in the same round, medians of interleaved rounds; in brackets forward and backward alone; stock is torch without halfstep; "
+             f"{result['device']}; torch {result['versions']['torch']}, {result['date']}.", "",
+             "| case | FP32 | FP16 × | stock FP16 × | autocast × | stock autocast × |", "| --- " * 6 + "|"]
+
+    def ratio(r, key, parts=False):
+        if f"{key}_ratio" not in r:
+            return "raises"
+        both = f" ({r[f'{key}_forward_ratio']:.2f}, {r[f'{key}_backward_ratio']:.2f})" if parts else ""
+        return f"{r[f'{key}_ratio']:.2f}{both}"
+
+    for r in result["rows"]:
+        cells = [f"{r['fp32_forward_ms'] + r['fp32_backward_ms']:.2f} ms", ratio(r, "fp16", True), ratio(r, "stock_fp16", True), ratio(r, "autocast"), ratio(r, "stock_autocast")]
+        lines.append(f"| {r['case']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"audit": audit, "gpt": gpt, "layers": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
 
 
 def main():
-    results = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+    results = {}
+    for file in sorted((ROOT / "benchmarks/results").glob("*cpu.json")):
+        results |= json.loads(file.read_text())
 
     def table(match):
         name = match.group(2)

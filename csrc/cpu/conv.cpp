@@ -1,13 +1,15 @@
-// aten::_convolution, in which every convolution ends, and aten::convolution_backward in FP16 (and
-// BF16 where the CPU has no unit for it), computed by the stock FP32 kernel and rounded once.
+// halfstep::convolution and its backward, and in their place too aten::_convolution, in which every
+// convolution of torch ends, and aten::convolution_backward: FP16 (and BF16 where the CPU has no
+// unit for it), computed by the stock FP32 kernel and rounded once.
 //
 //   The stock FP16 backward is 60 to 150 times slower than FP32 with the FP16 unit too, and its
-//   forward 1.5 to 2.5 times. Both ops have only a CompositeExplicitAutograd kernel in torch, so a
-//   kernel at the CPU key takes their place without an override warning. aten::convolution is left
-//   alone: it is what jit.trace looks into to record _convolution.
-//   The batch is taken in parts, so that the FP32 copies of activations stay below a few times
-//   kPiece elements; the weight is widened whole, its gradient summed over the parts in FP32 in
-//   order. Tests: tests/python/test_overrides.py.
+//   forward 1.5 to 2.5 times. Torch's ops have only a CompositeExplicitAutograd kernel in torch, so
+//   a kernel at the CPU key takes their place without an override warning. aten::convolution is
+//   left alone: it is what jit.trace looks into to record _convolution. The batch is taken in
+//   parts, so that the FP32 copies of activations stay below a few times kPiece elements; the
+//   weight is widened whole, its gradient summed over the parts in FP32 in order. An FP32 bias is
+//   added, and its gradient summed, in FP32. Tests: tests/python/test_conv.py,
+//   tests/python/test_overrides.py.
 
 #include <c10/core/SymIntArrayRef.h>
 
@@ -17,8 +19,10 @@
 #include <ATen/ops/convolution_compositeexplicitautograd_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
+#include "../ops/conv.h"
 #include "../ops/overrides.h"
 #include "wide.h"
 
@@ -28,13 +32,7 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-/// What both directions are told about the convolution.
-struct Shape {
-  c10::SymIntArrayRef stride, padding, dilation;
-  bool transposed;
-  c10::SymIntArrayRef output_padding;
-  c10::SymInt groups;
-};
+using Shape = ops::ConvShape;
 
 /// The same shape and layout without the values, for an operand of which no gradient needs them.
 at::Tensor wide_shell(const at::Tensor& t) {
@@ -64,16 +62,19 @@ int64_t output_numel(const at::Tensor& input, const at::Tensor& weight, const Sh
   return numel;
 }
 
+/// Whether a stock call is ours.
 bool takes(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& third) {
   const auto fits = [&](const at::Tensor& t) { return t.scalar_type() == input.scalar_type(); };
   return ops::widens_convolution(input.scalar_type()) && fits(input) && fits(weight) &&
          fits(third) && input.dim() == weight.dim() && input.numel() != 0;
 }
 
-/// The layout that torch's 16-bit kernel would give results of four and five dimensions, which is
-/// also what torch.compile expects; the FP32 kernel may choose another.
+/// The layout of results; the FP32 kernel may choose another.
 class Layout {
  public:
+  explicit Layout(at::MemoryFormat format) : format_(format) {}
+  /// The layout that torch's 16-bit kernel would give results of four and five dimensions, which is
+  /// also what torch.compile expects.
   Layout(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
          at::OptionalSymIntArrayRef bias_sizes, const Shape& shape) {
     if (weight.dim() < 4) return;
@@ -99,7 +100,7 @@ at::Tensor forward_part(const at::Tensor& input, const at::Tensor& weight,
 }
 
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
-                   const Shape& shape) {
+                   const Shape& shape, const Layout& layout) {
   const bool has_bias = bias && bias->defined();
   const Plain plain;
   const at::Tensor wide_weight = weight.to(at::kFloat);
@@ -107,7 +108,6 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const Opti
   const int64_t batch = input.size(0);
   const int64_t part =
       samples(batch, input.numel(), output_numel(input, weight, shape), weight.numel());
-  const Layout layout(input, weight, bias, std::nullopt, shape);
   const Wide memory(input.numel() / batch * part);
   at::Tensor out;
   for (int64_t i = 0; i < batch; i += part) {
@@ -141,17 +141,15 @@ void add_to(at::Tensor& total, const at::Tensor& part) {
     total.add_(part);
 }
 
+/// The gradient of the bias comes in FP32.
 Gradients backward(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
                    at::OptionalSymIntArrayRef bias_sizes, const Shape& shape,
-                   std::array<bool, 3> mask) {
-  if (!takes(input, weight, grad))
-    return backward_part(grad, input, weight, bias_sizes, shape, mask);
+                   std::array<bool, 3> mask, const Layout& layout) {
   const Plain plain;
   const auto type = input.scalar_type();
   const at::Tensor wide_weight = mask[0] ? weight.to(at::kFloat) : wide_shell(weight);
   const int64_t batch = input.size(0);
   const int64_t part = samples(batch, input.numel(), grad.numel(), weight.numel());
-  const Layout layout(input, weight, std::nullopt, bias_sizes, shape);
   const Wide input_memory(input.numel() / batch * part), grad_memory(grad.numel() / batch * part);
   at::Tensor grad_input, grad_weight, grad_bias;
   for (int64_t i = 0; i < batch; i += part) {
@@ -168,9 +166,10 @@ Gradients backward(const at::Tensor& grad, const at::Tensor& input, const at::Te
   }
   if (grad_weight.defined())
     grad_weight = layout.make(weight.sizes(), grad_weight, type).copy_(grad_weight);
-  if (grad_bias.defined()) grad_bias = grad_bias.to(type);
   return {grad_input, grad_weight, grad_bias};
 }
+
+// ---- torch's ops -------------------------------------------------------------------------------
 
 at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight,
                        const OptionalTensor& bias, c10::SymIntArrayRef stride,
@@ -178,9 +177,10 @@ at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight,
                        c10::SymIntArrayRef output_padding, c10::SymInt groups, bool benchmark,
                        bool deterministic, bool cudnn, bool tf32) {
   const bool has_bias = bias && bias->defined();
-  if (takes(input, weight, has_bias ? *bias : weight))
-    return forward(input, weight, bias,
-                   {stride, padding, dilation, transposed, output_padding, std::move(groups)});
+  if (takes(input, weight, has_bias ? *bias : weight)) {
+    const Shape shape{stride, padding, dilation, transposed, output_padding, std::move(groups)};
+    return forward(input, weight, bias, shape, Layout(input, weight, bias, std::nullopt, shape));
+  }
   return at::compositeexplicitautograd::_convolution_symint(
       input, weight, bias, stride, padding, dilation, transposed, output_padding, std::move(groups),
       benchmark, deterministic, cudnn, tf32);
@@ -191,8 +191,98 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
     at::OptionalSymIntArrayRef bias_sizes, c10::SymIntArrayRef stride, c10::SymIntArrayRef padding,
     c10::SymIntArrayRef dilation, bool transposed, c10::SymIntArrayRef output_padding,
     c10::SymInt groups, std::array<bool, 3> mask) {
-  return backward(grad, input, weight, bias_sizes,
-                  {stride, padding, dilation, transposed, output_padding, std::move(groups)}, mask);
+  const Shape shape{stride, padding, dilation, transposed, output_padding, std::move(groups)};
+  if (!takes(input, weight, grad))
+    return backward_part(grad, input, weight, bias_sizes, shape, mask);
+  auto result = backward(grad, input, weight, bias_sizes, shape, mask,
+                         Layout(input, weight, std::nullopt, bias_sizes, shape));
+  at::Tensor& grad_bias = std::get<2>(result);
+  if (grad_bias.defined()) grad_bias = grad_bias.to(input.scalar_type());
+  return result;
+}
+
+// ---- halfstep's ops ----------------------------------------------------------------------------
+
+/// FP16 always, BF16 without a unit for it or where an FP32 bias has to be added before rounding.
+bool widens(const at::Tensor& input, bool foreign_bias) {
+  const auto type = input.scalar_type();
+  return type == at::kHalf || (type == at::kBFloat16 && (foreign_bias || !ops::has_unit(type)));
+}
+
+at::Tensor along_channels(const at::Tensor& bias, int64_t dims) {
+  std::vector<int64_t> sizes(size_t(dims), 1);
+  sizes[1] = -1;
+  return bias.view(sizes);
+}
+
+at::Tensor own_convolution(const at::Tensor& input, const at::Tensor& weight,
+                           const OptionalTensor& bias, c10::SymIntArrayRef stride,
+                           c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation,
+                           bool transposed, c10::SymIntArrayRef output_padding,
+                           c10::SymInt groups) {
+  const Plain plain;
+  const Shape shape{stride, padding, dilation, transposed, output_padding, std::move(groups)};
+  const auto sizes = ops::check_convolution(input, weight, bias, shape);
+  const auto type = input.scalar_type();
+  const auto format = ops::conv_format(input, weight);
+  const bool has_bias = bias && bias->defined();
+  if (input.numel() == 0) {
+    at::Tensor out = at::empty(C10_AS_INTARRAYREF_SLOW(sizes), input.options(), format).zero_();
+    return has_bias ? out.add_(along_channels(*bias, input.dim())) : out;
+  }
+  if (widens(input, has_bias && bias->scalar_type() != type))
+    return forward(input, weight, bias, shape, Layout(format));
+  const auto same = has_bias ? OptionalTensor(bias->to(type)) : std::nullopt;
+  return forward_part(input, weight, same, shape).contiguous(format);
+}
+
+at::Tensor sum_over_pixels(const at::Tensor& grad, at::ScalarType type) {
+  std::vector<int64_t> others{0};
+  for (int64_t d = 2; d < grad.dim(); ++d) others.push_back(d);
+  return at::sum(grad, others, false, type);
+}
+
+/// The stock kernel may also give gradients that nobody asked for.
+std::vector<at::Tensor> those_of(const Gradients& gradients, std::array<bool, 3> wanted) {
+  std::vector<at::Tensor> result;
+  if (wanted[0]) result.push_back(std::get<0>(gradients));
+  if (wanted[1]) result.push_back(std::get<1>(gradients));
+  if (wanted[2]) result.push_back(std::get<2>(gradients));
+  return result;
+}
+
+std::vector<at::Tensor> own_convolution_backward(
+    const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+    std::optional<at::ScalarType> bias_type, c10::SymIntArrayRef stride,
+    c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation, bool transposed,
+    c10::SymIntArrayRef output_padding, c10::SymInt groups, std::array<bool, 2> mask) {
+  const Plain plain;
+  const Shape shape{stride, padding, dilation, transposed, output_padding, std::move(groups)};
+  ops::check_convolution_backward(grad, input, weight, shape);
+  const auto type = input.scalar_type();
+  const auto format = ops::conv_format(input, weight);
+  const bool empty = input.numel() == 0;
+  const bool foreign = bias_type && *bias_type != type;
+  const std::array<bool, 3> all{mask[0], mask[1], bias_type.has_value()};
+  Gradients result;
+  auto& [grad_input, grad_weight, grad_bias] = result;
+  if (empty) {
+    if (mask[0]) grad_input = at::empty(input.sizes(), input.options(), format);
+    if (mask[1]) grad_weight = at::empty(weight.sizes(), weight.options(), format).zero_();
+    if (bias_type) grad_bias = sum_over_pixels(grad, *bias_type);
+    return those_of(result, all);
+  }
+  const std::vector<c10::SymInt> bias_sizes{grad.size(1)};
+  const auto sizes = bias_type ? at::OptionalSymIntArrayRef(bias_sizes) : std::nullopt;
+  if (widens(input, foreign)) {
+    result = backward(grad, input, weight, sizes, shape, all, Layout(format));
+  } else {
+    result = backward_part(grad, input, weight, sizes, shape, all);
+    for (at::Tensor* t : {&grad_input, &grad_weight})
+      if (t->defined()) *t = t->contiguous(format);
+  }
+  if (bias_type) grad_bias = grad_bias.to(*bias_type);
+  return those_of(result, all);
 }
 
 }  // namespace
@@ -200,6 +290,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
 TORCH_LIBRARY_IMPL(aten, CPU, m) {
   m.impl("_convolution", convolution);
   m.impl("convolution_backward", convolution_backward);
+}
+TORCH_LIBRARY_IMPL(halfstep, CPU, m) {
+  m.impl("convolution", own_convolution);
+  m.impl("convolution_backward", own_convolution_backward);
 }
 
 }  // namespace halfstep::cpu

@@ -238,12 +238,15 @@ at::Tensor& sum_in_place(DispatchKeySet keys, at::Tensor& self, const at::Tensor
 }
 
 // ---- mv ----------------------------------------------------------------------------------------
-/// torch's 16-bit kernel is quick and sums in FP32 where the rows are contiguous, and seven times
-/// slower than FP32 where they are not: a transposed matrix, as in the backward of mv itself.
+/// Without the unit torch's 16-bit kernel is quick and sums in FP32 where the rows are contiguous,
+/// and seven times slower than FP32 where they are not: a transposed matrix, as in the backward of
+/// mv itself. With the unit it is slow for FP16 in both.
 at::Tensor mv(const at::Tensor& a, const at::Tensor& x) {
-  const bool ours = a.scalar_type() == x.scalar_type() && ops::widens_products(a.scalar_type()) &&
-                    a.dim() == 2 && x.dim() == 1 && a.size(1) == x.size(0) && a.numel() != 0 &&
-                    a.stride(1) != 1;
+  const auto type = a.scalar_type();
+  const bool slow =
+      ops::widens_products(type) ? a.dim() == 2 && a.stride(1) != 1 : ops::widens_layers(type);
+  const bool ours = slow && x.scalar_type() == type && a.dim() == 2 && x.dim() == 1 &&
+                    a.size(1) == x.size(0) && a.numel() != 0;
   if (!ours) return at::compositeexplicitautograd::mv(a, x);
   return fresh(a, x.unsqueeze(1), Sum()).squeeze(1);
 }

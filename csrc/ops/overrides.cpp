@@ -67,10 +67,12 @@ std::string cpu_path() {
 
 namespace ops {
 
-bool widens_products(c10::ScalarType type) {
-  if (type != c10::kHalf && type != c10::kBFloat16) return false;
-  return overrides_enabled() && !(type == c10::kHalf ? has_half_unit() : has_bfloat_unit());
+bool has_unit(c10::ScalarType type) {
+  if (type == c10::kHalf) return has_half_unit();
+  return type != c10::kBFloat16 || has_bfloat_unit();
 }
+
+bool widens_products(c10::ScalarType type) { return overrides_enabled() && !has_unit(type); }
 
 bool widens_convolution(c10::ScalarType type) {
   if (type == c10::kHalf) return overrides_enabled();
@@ -78,6 +80,8 @@ bool widens_convolution(c10::ScalarType type) {
 }
 
 bool widens_attention_backward(c10::ScalarType type) { return widens_convolution(type); }
+
+bool widens_layers(c10::ScalarType type) { return type == c10::kHalf && overrides_enabled(); }
 
 }  // namespace ops
 }  // namespace halfstep

@@ -6,6 +6,8 @@
 
 namespace halfstep::ops {
 
+/// Whether this CPU has a unit for products of `type`, as oneDNN sees it; FP32 and FP64: true.
+bool has_unit(c10::ScalarType type);
 /// True where `type` products are to be computed in FP32 and rounded once: this CPU has no unit for
 /// it (as oneDNN sees it, ONEDNN_MAX_CPU_ISA included), and the overrides are on.
 bool widens_products(c10::ScalarType type);
@@ -13,5 +15,7 @@ bool widens_products(c10::ScalarType type);
 bool widens_convolution(c10::ScalarType type);
 /// The backward of attention: FP16 always, for the same reason.
 bool widens_attention_backward(c10::ScalarType type);
+/// Layers and functions whose stock FP16 kernel is slow with the unit too (docs/audit.md): FP16.
+bool widens_layers(c10::ScalarType type);
 
 }  // namespace halfstep::ops

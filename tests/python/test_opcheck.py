@@ -421,6 +421,24 @@ def samples_linear_cross_entropy_forward():
 def samples_linear_cross_entropy_backward():
     for x, weight, target, bias, *rest in head_samples():
         yield (torch.rand(4), x.requires_grad_(), weight, target, bias, *rest[:2], *rest[3:], [True, False, bias is not None]), {}
+CONVOLUTIONS = [((2, 4, 9), (6, 2, 3), [2], [1], [1], False, [0], 2), ((2, 3, 5, 6), (4, 3, 3, 2), [1, 1], [1, 0], [1, 2], False, [0, 0], 1),
+                ((1, 2, 3, 4, 5), (2, 2, 2, 2, 2), [1] * 3, [0] * 3, [1] * 3, False, [0] * 3, 1), ((2, 4, 5, 5), (4, 2, 3, 3), [2, 2], [1, 1], [1, 1], True, [1, 0], 2),
+                ((0, 3, 5), (4, 3, 3), [1], [0], [1], False, [0], 1)]
+
+
+def samples_convolution():
+    for dtype, bias_dtype, (x, w, *shape) in zip(FLOATS + FLOATS[:1], [torch.float32, torch.bfloat16, None, torch.float64, torch.float16], CONVOLUTIONS):
+        bias = None if bias_dtype is None else torch.randn(w[1] * shape[-1] if shape[3] else w[0]).to(bias_dtype).requires_grad_()
+        yield (torch.randn(x).to(dtype).requires_grad_(), torch.randn(w).to(dtype).requires_grad_(), bias, *shape), {}
+    x = torch.randn(2, 4, 5, 5).half().contiguous(memory_format=torch.channels_last)
+    yield (x, torch.randn(3, 4, 3, 3).half(), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1), {}
+
+
+def samples_convolution_backward():
+    for (x, w, bias, *shape), _ in samples_convolution():
+        grad = torch.randn_like(H.convolution(x, w, bias, *shape)).requires_grad_(x.requires_grad)
+        yield (grad, x, w, None if bias is None else bias.dtype, *shape, [True, bias is not None]), {}
+    yield (grad, x, w, torch.float32, *shape, [False, False]), {}
 
 
 def all_ops():

@@ -1,3 +1,4 @@
+#include "activation.h"
 #include "parts.h"
 #include "rope.h"
 #include "softmax.h"
@@ -21,10 +22,10 @@ const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME,
                                 refresh_masters,
                                 read_state,
                                 write_state,
-                                &kNorm};
-                                &kActivation};
+                                &kNorm,
+                                &kActivation,
                                 &kSoftmax,
-                                &kRope};
+                                &kRope,
                                 &kLossKernels};
 
 }  // namespace halfstep::cpu

@@ -7,5 +7,6 @@
 #include "functional/activation.h"
 #include "functional/rope.h"
 #include "functional/loss.h"
+#include "functional/conv.h"
 #include "functional/scale_gradient.h"
 #include "functional/softmax.h"

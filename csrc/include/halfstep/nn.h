@@ -8,3 +8,4 @@
 #include "nn/rope.h"
 #include "nn/softmax.h"
 #include "nn/loss.h"
+#include "nn/conv.h"

@@ -1,15 +1,11 @@
 """Layers under torch.nn's names: the same constructor, parameters and state dict, computed by torch.ops.halfstep."""
 
+from ._activation import BiasDropoutAdd, GELU, GeGLU, SiLU, SquaredReLU, SwiGLU
+from ._conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from ._loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from ._norm import LayerNorm, RMSNorm
-
-__all__ = ["LayerNorm", "RMSNorm"]
-from ._activation import GELU, BiasDropoutAdd, GeGLU, SiLU, SquaredReLU, SwiGLU
-
-__all__ = ["BiasDropoutAdd", "GELU", "GeGLU", "SiLU", "SquaredReLU", "SwiGLU"]
 from ._rope import RotaryEmbedding
 from ._softmax import Softmax
 
-__all__ = ["RotaryEmbedding", "Softmax"]
-from ._loss import CrossEntropyLoss, LinearCrossEntropyLoss
-
-__all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
+__all__ = ["BiasDropoutAdd", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "CrossEntropyLoss", "GELU", "GeGLU", "LayerNorm",
+           "LinearCrossEntropyLoss", "RMSNorm", "RotaryEmbedding", "SiLU", "Softmax", "SquaredReLU", "SwiGLU"]

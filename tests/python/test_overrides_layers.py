@@ -1,0 +1,201 @@
+"""FP16 layers that go through FP32 on the CPU: results and gradients are the FP32 kernel's rounded once, and other dtypes are the stock kernels'."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import halfstep as hs
+
+pytestmark = [pytest.mark.overrides, pytest.mark.smoke]
+H = torch.float16
+
+
+def r(*shape):
+    return torch.randn(shape)
+
+
+def grid(n, h, w):
+    return torch.rand(n, h, w, 2) * 2.2 - 1.1
+
+
+# Functions of which each is one stock op, so that FP16 is FP32 rounded once, gradients included. (function, inputs)
+ONE_OP = {
+    "group norm": (lambda x, w, b: F.group_norm(x, 4, w, b), lambda: [r(6, 8, 5, 7), r(8), r(8)]),
+    "group norm without weight": (lambda x: F.group_norm(x, 2), lambda: [r(3, 4, 9)]),
+    "group norm in parts": (lambda x, w, b: F.group_norm(x, 4, w, b), lambda: [r(9, 8, 40, 90), r(8), r(8)]),
+    "group norm of large samples": (lambda x, w, b: F.group_norm(x, 4, w, b), lambda: [r(2, 8, 190, 190), r(8), r(8)]),
+    "unfold": (lambda x: F.unfold(x, 3, padding=1), lambda: [r(5, 4, 30, 40)]),
+    "fold": (lambda x: F.fold(x, (12, 9), 3, stride=3), lambda: [r(2, 36, 12)]),
+    "grid_sample": (lambda x, g: F.grid_sample(x, g, align_corners=False), lambda: [r(3, 4, 20, 30), grid(3, 11, 13)]),
+    "grid_sample nearest": (lambda x, g: F.grid_sample(x, g, "nearest", "border", False), lambda: [r(40, 4, 30, 30), grid(40, 30, 30)]),
+    "avg_pool3d": (lambda x: F.avg_pool3d(x, 2, 2, 1), lambda: [r(3, 4, 6, 7, 8)]),
+    "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, (3, 5)), lambda: [r(40, 6, 30, 31)]),
+    "mean over rows": (lambda x: x.mean(-1), lambda: [r(70, 3000)]),
+    "mean over columns": (lambda x: x.mean(0, keepdim=True), lambda: [r(700, 300)]),
+    "mean of all": (lambda x: x.mean(), lambda: [r(700, 300)]),
+    "mean over pixels": (lambda x: x.mean((2, 3)), lambda: [r(5, 3, 30, 40)]),
+    "max": (lambda x: x.max(1).values, lambda: [r(300, 500)]),
+    "min": (lambda x: x.min(-1, keepdim=True).values, lambda: [r(300, 500)]),
+}
+# Functions whose backward is several ops or reads the rounded output: the output is FP32 rounded once, gradients are near.
+SEVERAL = {
+    "norm over rows": (lambda x: torch.linalg.vector_norm(x, dim=-1), lambda: [r(300, 500)]),
+    "largest over rows": (lambda x: torch.linalg.vector_norm(x, float("inf"), dim=-1), lambda: [r(300, 500)]),
+    "pow": (lambda x: x.pow(3), lambda: [r(50, 400)]),
+    "power 2.5": (lambda x: x.abs().pow(2.5), lambda: [r(50, 400)]),
+    "tanh": (torch.tanh, lambda: [r(50, 400)]),
+    "tanh in place": (lambda x: (x + 0).tanh_(), lambda: [r(50, 400)]),
+    "square": (torch.square, lambda: [r(50, 400)]),
+}
+EMBEDDING = {mode: (lambda w, mode=mode: F.embedding_bag(torch.arange(600).view(60, 10) * 7 % 50, w, mode=mode), lambda: [r(50, 40)]) for mode in ("sum", "mean")}
+
+
+def compare(f, make, exact):
+    """exact: how many of the output and the gradients, in this order, are FP32 rounded once to the bit; the others are near."""
+    torch.manual_seed(0)
+    half = [t.to(H).requires_grad_() for t in make()]
+    wide = [t.detach().float().requires_grad_() for t in half]
+    y, z = f(*half), f(*wide)
+    g = torch.randn(z.shape).to(H)
+    assert y.dtype == H and y.stride() == z.stride()
+    for i, (a, b) in enumerate(zip((y, *torch.autograd.grad(y, half, g)), (z, *torch.autograd.grad(z, wide, g.float())))):
+        assert a.dtype == H and a.shape == b.shape
+        if i < exact:
+            assert torch.equal(a, b.to(H)), (i, (a.float() - b).abs().max())
+        else:
+            assert (a.float() - b).abs().max() <= 2e-3 * b.abs().max() + 1e-6, i
+
+
+@pytest.mark.parametrize("name", ONE_OP)
+def test_one_rounding(name):
+    compare(*ONE_OP[name], exact=0 if "norm" in name or "mean" in name else 3)  # those sum in another order, or save 16-bit statistics
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_output_is_rounded_once(name):
+    compare(*SEVERAL[name], exact=1)
+
+
+@pytest.mark.parametrize("name", EMBEDDING)
+def test_embedding_bag(name):
+    compare(*EMBEDDING[name], exact=0)
+
+
+@pytest.mark.parametrize("name", [*ONE_OP, *SEVERAL])
+def test_never_less_accurate_than_stock(name):
+    f, make = {**ONE_OP, **SEVERAL}[name]
+    torch.manual_seed(0)
+    inputs = make()
+
+    def errors():
+        half = [t.to(H).requires_grad_() for t in inputs]
+        exact = [t.detach().double().requires_grad_() for t in half]
+        y, z = f(*half), f(*exact)
+        g = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(H)
+        return [(a.double() - b).norm() for a, b in zip((y, *torch.autograd.grad(y, half, g)), (z, *torch.autograd.grad(z, exact, g.double())))]
+
+    ours = errors()
+    try:
+        hs.set_overrides(False)
+        stock = errors()
+    except RuntimeError:  # avg_pool3d
+        stock = None
+    finally:
+        hs.set_overrides(True)
+    assert (stock is None) == (name == "avg_pool3d")
+    for a, b in zip(ours, stock or ours):
+        assert a <= 1.02 * b + 1e-9
+
+
+def test_the_mean_of_large_values_does_not_overflow():
+    assert torch.full((300, 400), 6e4).half().mean() == 6e4 and torch.full((300, 400), 6e4).half().mean(0)[0] == 6e4
+
+
+def test_non_finite_values_stay():
+    x = torch.zeros(8, 300).half()
+    x[1, 2], x[3, 4], x[5, 6] = float("nan"), float("inf"), -float("inf")
+    assert x.mean(-1).isnan().nonzero().tolist() == [[1]] and x.mean(-1)[3] == float("inf")
+    assert x.max(-1).values[1].isnan() and x.tanh()[5, 6] == -1 and x.tanh()[1, 2].isnan() and x.pow(2)[5, 6] == float("inf")
+    assert torch.linalg.vector_norm(x, dim=-1)[1].isnan()
+    assert (torch.full((4, 1000), 300.0).half().pow(2) == float("inf")).all()  # 90,000 does not fit
+
+
+# ---- LSTM -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kw", [{}, dict(num_layers=2, bidirectional=True), dict(bias=False, batch_first=True), dict(proj_size=3)])
+def test_lstm(kw):
+    torch.manual_seed(0)
+    net = nn.LSTM(6, 5, **kw).half()
+    wide = nn.LSTM(6, 5, **kw)
+    wide.load_state_dict(net.state_dict())
+    x = torch.randn(4, 3, 6).half().requires_grad_()
+    w = x.detach().float().requires_grad_()
+    (y, (h, c)), (z, (hz, cz)) = net(x), wide(w)
+    assert all(torch.equal(a, b.half()) for a, b in ((y, z), (h, hz), (c, cz)))
+    g = torch.randn(y.shape).half()
+    ours = torch.autograd.grad(y, [x, *net.parameters()], g)
+    for a, b in zip(ours, torch.autograd.grad(z, [w, *wide.parameters()], g.float())):
+        assert torch.equal(a, b.half())
+    packed = nn.utils.rnn.pack_padded_sequence(x, [4, 4, 2] if not kw.get("batch_first") else [3, 3, 2, 2], batch_first=kw.get("batch_first", False))
+    assert net(packed)[0].data.dtype == H
+
+
+def test_lstm_trains_under_autocast():
+    """Stock torch 2.11 raises here: oneDNN has no FP16 training primitive for it."""
+    torch.manual_seed(0)
+    net, x = nn.LSTM(6, 5, num_layers=2), torch.randn(4, 3, 6)
+    with hs.autocast("cpu"):
+        y, _ = net(x)
+    exact, _ = net(x)
+    assert y.dtype == H and torch.allclose(y.float(), exact, atol=2e-3)
+    ours = torch.autograd.grad(y.float().square().sum(), list(net.parameters()))
+    for a, b in zip(ours, torch.autograd.grad(exact.square().sum(), list(net.parameters()))):
+        assert a.dtype == torch.float32 and (a - b).abs().max() < 0.01 * b.abs().max()
+
+
+# ---- what must not change -------------------------------------------------------------------------------------------------
+def results(dtype):
+    torch.manual_seed(0)
+    out = []
+    for f, make in (*ONE_OP.values(), *SEVERAL.values(), *EMBEDDING.values()):
+        try:
+            inputs = [t.to(dtype).requires_grad_() for t in make()]
+            y = f(*inputs)
+        except RuntimeError:
+            continue
+        out += [y, *torch.autograd.grad(y, inputs, torch.ones_like(y))]
+    lstm = nn.LSTM(6, 5).to(dtype)
+    y = lstm(torch.randn(4, 3, 6).to(dtype))[0]
+    return [t.detach() for t in (*out, y, *torch.autograd.grad(y.sum(), list(lstm.parameters())))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_the_stock_kernels(dtype):
+    on = results(dtype)
+    try:
+        hs.set_overrides(False)
+        off = results(dtype)
+    finally:
+        hs.set_overrides(True)
+    assert len(on) == len(off) and all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(on, off))
+
+
+def test_functorch_second_derivatives_and_meta():
+    x = torch.randn(60, 50).half()
+    near = lambda a, b: (a.double() - b).abs().max() < 0.01 * b.abs().max() + 1e-6
+    f = lambda x: F.group_norm(x.tanh().pow(2), 5).mean(-1).sum() + torch.linalg.vector_norm(x, dim=-1).sum()
+    assert near(torch.func.grad(f)(x), torch.func.grad(f)(x.double()))
+    assert near(torch.func.vmap(lambda x: x.tanh())(x), x.double().tanh())
+    assert torch.empty(60, 50, dtype=H, device="meta").tanh().shape == (60, 50)
+    y = x.requires_grad_()
+    (g,) = torch.autograd.grad(y.tanh().sum(), y, create_graph=True)
+    assert torch.autograd.grad(g.sum(), y)[0].abs().max() > 0
+
+
+def test_the_import_warns_of_nothing():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", "import halfstep"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(hs.__file__))})
+    assert done.returncode == 0 and "verrid" not in done.stderr, done.stderr
