@@ -52,9 +52,10 @@ def _differences(axes, report):
 
 def _costs(axes, report):
     arms = [arm for arm in report["arms"] if arm["summary"]]
-    kinds = (("step time", lambda s: ((s["time"] or {}).get("step") or {}).get("median")), ("peak memory", lambda s: s["cuda_peak_bytes"] or s["peak_bytes"]),
+    ratios = {c["arm"]: c.get("time_ratio") for c in report["comparisons"]}
+    kinds = (("step time", lambda s: s["time_ratio"]), ("peak memory", lambda s: s["cuda_peak_bytes"] or s["peak_bytes"]),
              ("training state", lambda s: sum(s["ledger"].values()) if s["ledger"] else None), ("energy", lambda s: s["energy"]["joules_per_step"]))
-    kinds = [(name, values) for name, of in kinds for values in [[of(arm["summary"]) for arm in arms]] if values[0] and all(values)]
+    kinds = [(name, values) for name, of in kinds for values in [[of({**arm["summary"], "time_ratio": ratios.get(arm["name"], 1.0)}) for arm in arms]] if values[0] and all(values)]
     axes.set_title(f"relative to {_short(arms[0]['name'])}")
     if not kinds:
         return _nothing(axes, "no times or sizes in these reports")
