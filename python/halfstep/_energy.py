@@ -56,7 +56,7 @@ class Powercap:
         if not root.is_dir():
             raise Unavailable(f"{root}: no such folder (no RAPL counters in this kernel or machine)")
         self._clock, self.zones, self.notes = clock, [], []
-        for folder in sorted(root.glob("*:*")):
+        for folder in sorted(root.glob("*:*"), key=lambda path: path.name.split(":")):
             name = _read(folder / "name") if folder.name.count(":") == 1 and (folder / "name").exists() else ""
             if name.startswith("package") and name not in [zone.name for zone in self.zones]:  # some have a second way to the same counter
                 self._add(root, folder)

@@ -86,7 +86,8 @@ def _verdict(c, report):
         small.append(f"sd of the paired difference {c['sd']:.2f}{unit}")
     if c.get("mcnemar"):
         m = c["mcnemar"]
-        small.append(f"items lost {m['lost']}, won {m['won']} over {m['items']} items and {c['n']} seeds (p {'&lt; 1e-12' if m['p'] < 1e-12 else f"= {m['p']:.2g}"})")
+        p = "&lt; 1e-12" if m["p"] < 1e-12 else f"= {m['p']:.2g}"
+        small.append(f"items lost {m['lost']}, won {m['won']} over {m['items']} items and {c['n']} seeds (p {p})")
     if c.get("worst_class"):
         w = c["worst_class"]
         small.append(f"worst class {escape(str(w['label']))}: {100 * w['change']:+.1f} points of its {w['items']} items")
