@@ -4,7 +4,7 @@ import math
 from html import escape
 
 from ._report import percent, points, warnings
-from ._report_png import COLORS, lost_table
+from ._report_png import COLORS, lost_table, short
 from ._statistics import BETTER, EQUIVALENT, UNDECIDED, WORSE
 
 MOST_LAYERS = 40  # of a heat map; more are cut to those that lose most
@@ -22,12 +22,12 @@ p{margin:4px 0}.dim{color:#5b6673;font-size:13px;overflow-wrap:anywhere}.grid{di
 .track{position:relative;height:34px;margin:10px 0 2px;background:#eef0f3;border-radius:4px;overflow:hidden}.track i{position:absolute;display:block}
 .ends{display:flex;justify-content:space-between;gap:8px;font-size:12px;color:#5b6673}.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(116px,1fr));gap:8px 12px;margin:8px 0 0}
 .facts b{display:block;font-size:17px;font-weight:600;overflow-wrap:anywhere}.facts span{display:block;font-size:12px;color:#5b6673}
-.bar{display:flex;height:20px;border-radius:4px;overflow:hidden;background:#eef0f3;margin:2px 0 4px}.bar i{display:block;height:100%}.row{margin:0 0 12px}.row .ends{font-size:13px;color:#1d2530}
+.bar{display:flex;height:20px;border-radius:4px;overflow:hidden;background:#eef0f3;margin:2px 0 4px}.bar i{display:block;height:100%}.row{margin:0 0 12px}.row .ends{font-size:13px;color:#1d2530}.row .ends span{overflow-wrap:anywhere;min-width:0}.row .ends b{white-space:nowrap}
 .legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:13px;margin:0 0 10px}.legend i{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:5px}
 table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}th,td{padding:3px 6px 3px 0;text-align:right;border-bottom:1px solid #eceef1;vertical-align:top}
-th{font-weight:600;color:#5b6673}th:first-child,td:first-child{text-align:left;overflow-wrap:anywhere}td.hot{color:#a93226;font-weight:600}
+th{font-weight:600;color:#5b6673}th:first-child,td:first-child{text-align:left;overflow-wrap:anywhere}td.whole{white-space:nowrap}td.hot{color:#a93226;font-weight:600}
 .plot{display:grid;grid-template-columns:auto 1fr;gap:0 8px;font-size:12px;color:#5b6673}.plot .y{display:flex;flex-direction:column;justify-content:space-between;text-align:right}.plot svg{width:100%;height:130px;background:#f7f8fa;display:block}
-.heat{display:grid;grid-template-columns:minmax(60px,30%) 1fr;gap:2px 8px;font-size:12px;align-items:center}.heat .name{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.heat{display:grid;grid-template-columns:minmax(60px,30%) 1fr;gap:2px 8px;font-size:12px;align-items:center}.heat .name{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;direction:rtl;text-align:left}
 .cells{display:flex;height:15px}.cells i{flex:1 1 0;min-width:0}.scale{height:8px;border-radius:4px;margin-top:6px}
 details{margin:8px 0}summary{cursor:pointer;font-weight:600;font-size:14px}code{font:12.5px/1.5 ui-monospace,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere;white-space:pre-wrap}
 @media(max-width:520px){main{padding:14px 10px 30px}th,td{padding-right:4px;font-size:12px}}
@@ -37,8 +37,8 @@ details{margin:8px 0}summary{cursor:pointer;font-weight:600;font-size:14px}code{
 def page(report):
     """The page as text."""
     metric, arms = report["metric"], report["arms"]
-    others = ", ".join(arm["name"] for arm in arms[1:]) or "nothing"
-    head = f"{others} against {arms[0]['name']}"
+    others = ", ".join(short(arm["name"]) for arm in arms[1:]) or "nothing"
+    head = f"{others} against {short(arms[0]['name'])}"
     runs = max(len(arm["runs"]) for arm in arms)
     what = (report["config"] or {}).get("make") or ", ".join(map(str, (report["config"] or {}).get("from", ())))
     body = [f"<h1>{escape(head)}</h1>", f'<p class="dim">{escape(what)} · {runs} paired run{"s" * (runs != 1)} · {escape(metric["name"])} ({metric["better"]} is better) · delta {report["delta"]:g}{points(report)}</p>',
@@ -163,7 +163,7 @@ def _no_energy(report):
 
 def _between(quartiles):
     """The quartiles in milliseconds, with no more digits than they need."""
-    return f"{1e3 * quartiles['q1']:.2g} to {1e3 * quartiles['q3']:.2g}"
+    return "" if quartiles["q1"] is None or quartiles["q3"] is None else f", {1e3 * quartiles['q1']:.2g} to {1e3 * quartiles['q3']:.2g}"
 
 
 def _legend(entries):
@@ -187,8 +187,8 @@ def _times(report):
         if time and time["step"]["median"] is not None:
             known = [(key, label, color) for key, label, color in _PHASES if time[key]["median"] is not None]
             first = arm["summary"]["first_step"]
-            facts = [(f"{label}, {_between(time[key])}", _ms(time[key]["median"])) for key, label, _ in known] + [("the first step", _ms(first))] * (first is not None)
-            rows.append((arm["name"], _ms(time["step"]["median"]), [(time[key]["median"], color) for key, _, color in known], _facts(facts)))
+            facts = [(label + _between(time[key]), _ms(time[key]["median"])) for key, label, _ in known] + ([("the first step", _ms(first))] if first is not None else [])
+            rows.append((arm["name"], _ms(time["step"]["median"]), [(time[key]["median"], color) for key, _, color in known] or [(time["step"]["median"], _PHASES[0][2])], _facts(facts) if facts else ""))
     return _section("Time of a step", _bars(rows, [(label, color) for _, label, color in _PHASES]), "Medians after the warm-up and their quartiles; steps that were looked at do not count.") if rows else ""
 
 
@@ -213,11 +213,11 @@ def _matrices(report):
         rows = []
         for key, entry in found.items():
             if "reason" in entry:
-                rows.append(f'<tr><td>{_DTYPE.get(key, escape(key))}</td><td colspan="{3 if errors else 1}">{escape(entry["reason"])[:160]}</td></tr>')
+                rows.append(f'<tr><td class="whole">{_DTYPE.get(key, escape(key))}</td><td colspan="{3 if errors else 1}">{escape(entry["reason"])[:160]}</td></tr>')
                 continue
             cells = [f"{factor * float(entry['metrics'].get(name, 'nan')):.2f}"] + ([f"{float(entry.get(k, 'nan')):.1e}" if entry.get(k) else "0" for k in ("max_error", "mean_error")] if errors else [])
-            rows.append(f"<tr><td>{_DTYPE.get(key, escape(key))}</td>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-        heads = ["evaluated in", name, *(["max error", "mean error"] if errors else [])]
+            rows.append(f"<tr><td class="whole">{_DTYPE.get(key, escape(key))}</td>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+        heads = ["in", name, *(["max error", "mean error"] if errors else [])]
         cards.append(f'<div class="card"><h3>trained in {escape(arm["name"])}</h3><table><tr>{"".join(f"<th>{escape(h)}</th>" for h in heads)}</tr>{"".join(rows)}</table></div>')
     return _section("Evaluated in FP16, FP32, FP64", _grid(cards), "Exact weights of the first seed; errors of the logits against FP64.")
 
@@ -274,7 +274,7 @@ def _heat(packed):
         note = f'<p class="dim">the {MOST_LAYERS} of {len(names)} tensors that lose most</p>'
         names, rows = [names[i] for i in sorted(worst)], [rows[i] for i in sorted(worst)]
     cells = lambda row: "".join(f'<i style="background:{"#fff" if v is None else _color(v)}" title="step {step}: {"no gradient" if v is None else percent(v)}"></i>' for step, v in zip(steps, row))
-    lines = "".join(f'<span class="name" title="{escape(name)}">{escape(name)}</span><div class="cells">{cells(row)}</div>' for name, row in zip(names, rows))
+    lines = "".join(f'<span class="name" title="{escape(name)}"><bdi>{escape(name)}</bdi></span><div class="cells">{cells(row)}</div>' for name, row in zip(names, rows))
     ends = f"<span>step {steps[0]}</span><span>{steps[-1]}</span>" if len(steps) > 1 else f"<span>step {steps[0]}</span>"
     ramp = ",".join(f"{_color(i / 20)} {5 * i}%" for i in range(21))
     return (f'{note}<div class="heat">{lines}<span></span><div class="ends">{ends}</div><span class="name">lost</span><div><div class="scale" style="background:linear-gradient(90deg,{ramp})"></div>'

@@ -29,13 +29,14 @@ def _nothing(axes, text):
     axes.set(xticks=[], yticks=[])
 
 
-def _short(name, most=24):
+def short(name, most=24):
+    """A name that fits beside a bar."""
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _differences(axes, report):
     metric, found = report["metric"], report["comparisons"]
-    axes.set_title(f"{metric['name']}: difference from {_short(report['arms'][0]['name'])}{points(report)}, 90 % interval")
+    axes.set_title(f"{metric['name']}: difference from {short(report['arms'][0]['name'])}{',' * bool(points(report))}{points(report)}, 90 % interval")
     delta = report["delta"]
     axes.axvspan(-delta, delta, color="#3c9a5f", alpha=0.15, label=f"within delta = {delta:g}")
     axes.axvline(0, color="#666", linewidth=0.8)
@@ -45,7 +46,7 @@ def _differences(axes, report):
         if c.get("interval90"):
             axes.plot(c["interval90"], [row, row], color=COLORS[(row + 1) % len(COLORS)], linewidth=3, solid_capstyle="butt")
             axes.plot(c["mean"], row, "o", color=COLORS[(row + 1) % len(COLORS)])
-    axes.set(yticks=range(len(found)), yticklabels=[f"{_short(c['arm'])}\n{c['verdict']}" for c in found], ylim=(len(found) - 0.4, -0.6))
+    axes.set(yticks=range(len(found)), yticklabels=[f"{short(c['arm'])}\n{c['verdict']}" for c in found], ylim=(len(found) - 0.4, -0.6))
     axes.legend(loc="upper right", fontsize=8)
     axes.grid(axis="x", alpha=0.3)
 
@@ -56,13 +57,13 @@ def _costs(axes, report):
     kinds = (("step time", lambda s: s["time_ratio"]), ("peak memory", lambda s: s["cuda_peak_bytes"] or s["peak_bytes"]),
              ("training state", lambda s: sum(s["ledger"].values()) if s["ledger"] else None), ("energy", lambda s: s["energy"]["joules_per_step"]))
     kinds = [(name, values) for name, of in kinds for values in [[of({**arm["summary"], "time_ratio": ratios.get(arm["name"], 1.0)}) for arm in arms]] if values[0] and all(values)]
-    axes.set_title(f"relative to {_short(arms[0]['name'])}")
+    axes.set_title(f"relative to {short(arms[0]['name'])}")
     if not kinds:
         return _nothing(axes, "no times or sizes in these reports")
     width = 0.8 / len(arms)
     for i, arm in enumerate(arms):
         at = [k - 0.4 + (i + 0.5) * width for k in range(len(kinds))]
-        bars = axes.bar(at, [values[i] / values[0] for _, values in kinds], width * 0.92, color=COLORS[i % len(COLORS)], label=_short(arm["name"]))
+        bars = axes.bar(at, [values[i] / values[0] for _, values in kinds], width * 0.92, color=COLORS[i % len(COLORS)], label=short(arm["name"]))
         axes.bar_label(bars, fmt="%.2f", fontsize=8)
     axes.set(xticks=range(len(kinds)), xticklabels=[name for name, _ in kinds])
     axes.margins(y=0.18)
@@ -78,7 +79,7 @@ def _scales(axes, report):
     for i, arm in shown:
         scale = arm["summary"]["scale"]
         steps, values = zip(*[*scale["points"], [scale["steps"], scale["points"][-1][1]]])
-        axes.step(steps, [math.log2(v) for v in values], where="post", color=COLORS[i % len(COLORS)], label=f"{_short(arm['name'])}, {len(scale['skipped'])} skipped")
+        axes.step(steps, [math.log2(v) for v in values], where="post", color=COLORS[i % len(COLORS)], label=f"{short(arm['name'])}, {len(scale['skipped'])} skipped")
         axes.plot(scale["skipped"], [math.log2(_at(scale["points"], s)) for s in scale["skipped"]], "x", color=COLORS[i % len(COLORS)])
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
@@ -114,10 +115,10 @@ def _heat(figure, axes, report):
         axes.set_title("weight gradients lost against FP32")
         return _nothing(axes, "no FP16 arm was compared with FP32")
     names, steps, rows = lost_table(chosen[1])
-    axes.set_title(f"{_short(chosen[0]['name'])}: non-zero weight gradients that FP16 has as 0, %")
+    axes.set_title(f"{short(chosen[0]['name'])}: non-zero weight gradients that FP16 has as 0, %")
     image = axes.imshow([[math.nan if v is None else 100 * v for v in row] for row in rows], aspect="auto", vmin=0, vmax=100, cmap="magma_r", interpolation="nearest")
     every = max(1, math.ceil(len(names) / 20))
-    axes.set(yticks=range(0, len(names), every), yticklabels=[_short(n) for n in names[::every]], xlabel="step")
+    axes.set(yticks=range(0, len(names), every), yticklabels=[n if len(n) < 25 else "…" + n[-23:] for n in names[::every]], xlabel="step")
     skip = max(1, math.ceil(len(steps) / 8))
     axes.set(xticks=range(0, len(steps), skip), xticklabels=steps[::skip])
     axes.tick_params(axis="y", labelsize=8)
