@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from . import _report
+from . import _report, _worker
+from ._extras import need
 from ._job import parse_arms
 from ._library import PACKAGE, _C, cuda_status
 from ._progress import progress
-from ._worker import file_hash
 
 _BOOT = "import sys; sys.path[0] = sys.argv[3]; from halfstep._worker import main; main(sys.argv[1], int(sys.argv[2]))"
 
@@ -109,7 +109,7 @@ class _Runs:
     def __init__(self, file, name, device, every, out):
         self._file, self._name, self._device, self._every, self._folder = file, name, device, every, out / "runs"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._common = {"make": name, "source": file_hash(file), "device": device, "every": every, "torch": torch.__version__, "halfstep": _C.build_info()["version"]}
+        self._common = {"make": name, "source": _worker.file_hash(file), "device": device, "every": every, "torch": torch.__version__, "halfstep": _C.build_info()["version"]}
 
     def _spec(self, arm, seed, look):
         stem = f"{re.sub(r'[^A-Za-z0-9.]+', '-', arm.name).strip('-')[:40]}-{_digest(arm.options())[:6]}-seed{seed}"
@@ -125,7 +125,7 @@ class _Runs:
             return None
         if not isinstance(result, dict) or result.get("key") != spec["key"] or "error" in result:
             return None
-        return result if all(file_hash(path) == then for path, then in result["sources"].items()) else None
+        return result if all(_worker.file_hash(path) == then for path, then in result["sources"].items()) else None
 
     def run(self, arm, seed, look, bar):
         """The result: of an earlier call, or of a process that is started now."""
@@ -218,6 +218,8 @@ def compare(make, arms=("fp32", "mixed"), seeds=8, delta="0.5pp", out=None, *, e
     A run that is in `out` already and was made of the same files and options is not repeated, so an interrupted compare goes on.
     An arm that fails is left out from there on and reported. ValueError: an argument, or a script that cannot be used.
     """
+    if _worker.running:
+        raise RuntimeError('compare() is called when its own script is imported; put the call under `if __name__ == "__main__":`')
     file, name = _place(make)
     device, seeds = _device(device), _seeds(seeds)
     arms = parse_arms(list(arms) if isinstance(arms, (list, tuple)) else arms, device)
@@ -226,10 +228,12 @@ def compare(make, arms=("fp32", "mixed"), seeds=8, delta="0.5pp", out=None, *, e
     _report.parse_delta(delta)
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every is {every!r}; expected a whole number from 1")
+    for module in ("scipy.stats", "numpy", "matplotlib"):
+        need(module)  # before hours of training, not after them
     out = Path("compare" if out is None else out)
     _folder(out)
     found = _train(_Runs(file, name, device, every, out), arms, seeds)
-    config = {"make": f"{Path(file).name}:{name}", "source": file_hash(file), "seeds": seeds, "every": every, "device": device, "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    config = {"make": f"{Path(file).name}:{name}", "source": _worker.file_hash(file), "seeds": seeds, "every": every, "device": device, "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
     if not found[0]["runs"]:
         raise RuntimeError(f"arm {found[0]['name']!r}, with which the others are compared, failed: {found[0]['failed']['line']} (log: {found[0]['failed']['log']})")
     return finish(found, delta, out, environment(device), config, _command(f"{Path(file).name}:{name}", arms, seeds, delta, every))

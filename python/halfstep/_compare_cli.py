@@ -78,7 +78,7 @@ def guarded(options):
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
         return 1

@@ -50,6 +50,49 @@ def _number(value, where):
     return float(value)
 
 
+def _rows(value, lengths, where):
+    """A list of lists of numbers, each of one of the `lengths`."""
+    if not isinstance(value, list):
+        raise ValueError(f"{where} is {type(value).__name__}; expected list")
+    for i, row in enumerate(value):
+        if not isinstance(row, list) or len(row) not in lengths:
+            raise ValueError(f"{where}[{i}] is {json.dumps(row)[:40]}; expected a list of {' or '.join(map(str, lengths))} numbers")
+        for entry in row:
+            _number(entry, f"{where}[{i}]")
+
+
+def _check_nested(run, at):
+    """What pages and tables reach into."""
+    _rows(run.get("losses") or [], (2,), f"{at}: losses")
+    if run.get("scale"):
+        scale = run["scale"]
+        _check(scale, {"steps": (int, True), "points": (list, True), "skipped": (list, True), "longest": (int, False), "stable_from": (int, False)}, f"{at}: scale")
+        _rows(scale["points"], (2,), f"{at}: scale.points")
+        _rows([scale["skipped"]], (len(scale["skipped"]),), f"{at}: scale.skipped")
+        if not scale["points"] or any(not float(value) > 0 or not math.isfinite(float(value)) for _, value in scale["points"]):
+            raise ValueError(f"{at}: scale.points is empty or holds a scale that is no positive number")
+    for name, entry in (run.get("matrix") or {}).items():
+        _check(entry, {"metrics": (dict, "reason" not in entry) if isinstance(entry, dict) else (dict, True), "reason": (str, False), "max_error": (_NUMBER, False), "mean_error": (_NUMBER, False)}, f"{at}: matrix.{name}")
+    energy = run.get("energy") or {}
+    _check(energy, {"joules": ((int, float), False), "net_joules": ((int, float), False), "method": (str, False), "reason": (str, False), "notes": (list, False)}, f"{at}: energy")
+    for key in ("peak_bytes", "before_bytes", "cuda_peak_bytes"):
+        if (run.get("memory") or {}).get(key) is not None:
+            _number(run["memory"][key], f"{at}: memory.{key}")
+    if run.get("shares"):
+        _check_shares(run["shares"], f"{at}: shares")
+
+
+def _check_shares(shares, at):
+    _check(shares, {"tensors": (list, True), "samples": (list, True)}, at)
+    for i, tensor in enumerate(shares["tensors"]):
+        _check(tensor, {"name": (str, True), "kind": (str, True)}, f"{at}.tensors[{i}]")
+    for i, sample in enumerate(shares["samples"]):
+        _check(sample, {"step": (int, True), "scale": (_NUMBER, True), "rows": (list, True)}, f"{at}.samples[{i}]")
+        _rows(sample["rows"], (9,), f"{at}.samples[{i}].rows")
+        if any(not 0 <= row[0] < len(shares["tensors"]) for row in sample["rows"]):
+            raise ValueError(f"{at}.samples[{i}].rows names a tensor that is not in 'tensors'")
+
+
 def validate(data, where="report"):
     """`data` if it is a report of a version that this halfstep reads; else a ValueError that names the field."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -72,6 +115,7 @@ def validate(data, where="report"):
                 _check_numbers((run.get("time") or {}).get(phase) or {}, f"{at}: time.{phase}")
             if set(run.get("correct") or "") - {"0", "1"}:
                 raise ValueError(f"{at}: 'correct' holds other letters than 0 and 1")
+            _check_nested(run, at)
     return data
 
 
@@ -176,7 +220,7 @@ def _energy(runs):
             "reason": None, "notes": known[0][0].get("notes", [])}
 
 
-def comparison(first, arm, metric, factor, delta, better="higher", points=True):
+def comparison(first, arm, metric, factor, delta, better="higher", percent=True):
     """One arm against the first over the seeds that both have."""
     runs = {run["seed"]: run for run in first["runs"]}
     pairs = [(runs[run["seed"]], run) for run in arm["runs"] if run["seed"] in runs]
@@ -191,7 +235,7 @@ def comparison(first, arm, metric, factor, delta, better="higher", points=True):
         return {**found, "verdict": _statistics.WORSE if broken else _statistics.UNDECIDED, "n": len(pairs), "more": None, "note": f"{metric} of {which} is not finite" + (f" with seed {broken[0]}" if broken else "")}
     items = len(pairs[0][0].get("correct") or "")
     found["differences"] = [sign * factor * (y - x) for x, y in values]
-    found.update(_statistics.paired(found["differences"], delta, (100.0 if factor == 100.0 or max(x for x, _ in values) > 1 else 1.0) / items if items and points else 0.0))
+    found.update(_statistics.paired(found["differences"], delta, 100.0 / items if items and percent else 0.0))
     found["time_ratio"] = _ratio(pairs, "time", "step", "median")
     found["memory_ratio"] = _ratio(pairs, "memory", "peak_bytes")
     bits = [([int(c) for c in a["correct"]], [int(c) for c in b["correct"]]) for a, b in pairs if a.get("correct") and b.get("correct") and len(a["correct"]) == len(b["correct"])]

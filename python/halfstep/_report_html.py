@@ -216,7 +216,7 @@ def _matrices(report):
                 rows.append(f'<tr><td class="whole">{_DTYPE.get(key, escape(key))}</td><td colspan="{3 if errors else 1}">{escape(entry["reason"])[:160]}</td></tr>')
                 continue
             cells = [f"{factor * float(entry['metrics'].get(name, 'nan')):.2f}"] + ([f"{float(entry.get(k, 'nan')):.1e}" if entry.get(k) else "0" for k in ("max_error", "mean_error")] if errors else [])
-            rows.append(f"<tr><td class="whole">{_DTYPE.get(key, escape(key))}</td>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+            rows.append(f'<tr><td class="whole">{_DTYPE.get(key, escape(key))}</td>' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
         heads = ["in", name, *(["max error", "mean error"] if errors else [])]
         cards.append(f'<div class="card"><h3>trained in {escape(arm["name"])}</h3><table><tr>{"".join(f"<th>{escape(h)}</th>" for h in heads)}</tr>{"".join(rows)}</table></div>')
     return _section("Evaluated in FP16, FP32, FP64", _grid(cards), "Exact weights of the first seed; errors of the logits against FP64.")

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import random
 import statistics
@@ -20,7 +19,7 @@ import torch
 
 from . import _recording
 from ._energy import Meter
-from ._job import Arm, Job, _tensors, fingerprint
+from ._job import Arm, Job, fingerprint
 from ._ledger import ledger
 from ._recording import number
 from ._shares import against_fp32, packed_samples, rng_state
@@ -29,6 +28,7 @@ from .optim import Masters, Optimizer
 
 PHASES = ("data", "forward", "backward", "check", "optimizer")
 WARM_UP = 5  # steps whose time does not count: lazy allocation, caches, autotuning
+running = False  # whether this process is a run of compare()
 MATRIX = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -357,7 +357,7 @@ def measure(spec, tell):
     numbers, correct, labels, _ = evaluated(arm, job)
     stats = run.scaler.stats() if arm.scales else None
     result = {"seed": spec["seed"], "metrics": {k: number(v) for k, v in numbers.items()}, "metric": job.metric or next(iter(numbers)), "better": job.better,
-              "correct": None if correct is None else "".join(map(str, correct)), "labels": labels,
+              "correct": None if correct is None else "".join(map(str, correct)), "labels": labels if spec["look"] else None,
               "steps": run.count, "seconds": seconds, "time": run.clock.report(), "memory": run.memory, "ledger": run.ledger, "energy": energy,
               "losses": [[s, number(v)] for s, v in run.losses[:: max(1, len(run.losses) // 500)]],
               "skipped": stats.steps_skipped if stats else 0, "final_scale": number(stats.scale) if stats else None, "overflowed": stats.overflowed if stats else 0,
@@ -399,6 +399,8 @@ class Teller:
 
 
 def main(path, descriptor):
+    global running
+    running = True
     spec = json.loads(Path(path).read_text())
     try:
         result = {"key": spec["key"], **measure(spec, Teller(descriptor))}

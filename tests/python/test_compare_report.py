@@ -84,6 +84,12 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     (lambda r: r["arms"][0]["runs"][1].update(seed=True), "runs[1]: 'seed' is bool; expected int"), (lambda r: r["arms"][0]["runs"][0].update(metrics={}), "'metrics' is empty"),
     (lambda r: r["arms"][0]["runs"][0].update(metrics={"accuracy": "good"}), "metrics.accuracy is 'good'; expected a number"), (lambda r: r["arms"][0]["runs"][0].update(correct="012"), "'correct' holds other letters"),
     (lambda r: r["arms"][0]["runs"][0]["time"]["step"].update(median=[1]), "time.step.median is [1]; expected a number"),
+    (lambda r: r["arms"][1]["runs"][0]["scale"].pop("points"), "scale has no 'points'"), (lambda r: r["arms"][1]["runs"][0]["scale"].update(points=[[1]]), "scale.points[0] is [1]; expected a list of 2 numbers"),
+    (lambda r: r["arms"][1]["runs"][0]["scale"].update(points=[[1, 0]]), "a scale that is no positive number"), (lambda r: r["arms"][1]["runs"][0]["scale"].update(skipped=["x"]), "scale.skipped[0] is 'x'"),
+    (lambda r: r["arms"][0]["runs"][0]["matrix"].update(float16={}), "matrix.float16 has no 'metrics'"), (lambda r: r["arms"][0]["runs"][0]["matrix"].update(float16=1), "matrix.float16 is int"),
+    (lambda r: r["arms"][0]["runs"][0]["energy"].update(joules="much"), "energy: 'joules' is str"), (lambda r: r["arms"][0]["runs"][0]["memory"].update(peak_bytes="x"), "memory.peak_bytes is 'x'"),
+    (lambda r: r["arms"][1]["runs"][0]["shares"]["samples"][0]["rows"][0].pop(), "expected a list of 9 numbers"), (lambda r: r["arms"][1]["runs"][0]["shares"]["samples"][0]["rows"][0].__setitem__(0, 999), "names a tensor that is not in 'tensors'"),
+    (lambda r: r["arms"][0]["runs"][0].update(losses=[1]), "losses[0] is 1; expected a list of 2 numbers"),
 ])
 def test_what_is_no_report_is_refused_by_field(change, message):
     made = copy.deepcopy(report())

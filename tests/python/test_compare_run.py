@@ -236,6 +236,32 @@ def test_a_process_that_dies_without_a_word(tmp_path):
         hs.compare(f"{path}:make", "fp32,mixed", 1, "1pp", tmp_path / "r")
 
 
+def test_an_interrupt_ends_the_run_and_says_how_to_go_on(tmp_path, monkeypatch):
+    from halfstep import _compare
+
+    started = []
+
+    class Child(subprocess.Popen):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw)
+            started.append(self)
+
+    def interrupted(read, bar):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_compare.subprocess, "Popen", Child)
+    monkeypatch.setattr(_compare._Runs, "_listen", staticmethod(interrupted))
+    status, out, errors = command("compare", f"{write(tmp_path)}:make", "--out", tmp_path / "r")
+    assert status == 130 and out == "" and errors == "halfstep compare: interrupted; the same command goes on from here\n"
+    assert started[0].returncode == -9 and not list((tmp_path / "r/runs").glob("*.json"))
+
+
+def test_a_script_that_compares_when_it_is_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(_worker, "running", True)
+    with pytest.raises(_worker.CannotLoad, match="put the call under `if __name__ == \"__main__\":`"):
+        measured(write(tmp_path, SCRIPT + "\nhs.compare(make)\n"))
+
+
 # -- the command line ------------------------------------------------------------------------------
 def report_file(folder, name, data):
     (folder / name).write_text(data if isinstance(data, str) else json.dumps(data))
@@ -315,7 +341,8 @@ def test_a_missing_package_is_one_line_with_the_command(tmp_path, monkeypatch):
     a = report_file(tmp_path, "a.json", MINIMAL)
     b = report_file(tmp_path, "b.json", {**MINIMAL, "arms": [{**MINIMAL["arms"][0], "name": "mixed"}]})
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    status, out, errors = command("compare", "--from", a, b, "--out", tmp_path / "r")
+    for words in (("--from", a, b), (f"{write(tmp_path)}:make",)):  # the second before anything is trained
+        status, out, errors = command("compare", *words, "--out", tmp_path / "r")
     assert status == 1 and out == "" and errors.count("\n") == 1 and errors.startswith("halfstep compare: scipy is needed and cannot be imported") and "pip install 'halfstep[report]' or scipy" in errors
 
 
