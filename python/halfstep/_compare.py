@@ -184,12 +184,15 @@ class _Runs:
 
 
 def _train(runs, arms, seeds):
-    """[{name, options, runs, failed}] over all arms and seeds, seed by seed, so that the arms share the machine's moods."""
+    """[{name, options, runs, failed}] over all arms and seeds, seed by seed, so that the arms share the machine's moods.
+
+    Without the first arm there is nothing to compare with: when it fails, all ends.
+    """
     found = [{"name": arm.name, "options": arm.options(), "runs": [], "failed": None} for arm in arms]
     with progress(len(arms) * len(seeds)) as bar:
         for seed in seeds:
             for arm, entry in zip(arms, found):
-                if entry["failed"]:
+                if entry["failed"] or found[0]["failed"]:
                     continue
                 result = runs.run(arm, seed, seed == seeds[0], bar)
                 error = result.get("error")

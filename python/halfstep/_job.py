@@ -221,21 +221,22 @@ class Job:
         return iter(self.batches(number) if callable(self.batches) else self.batches)
 
 
-def _tensors(value):
+def tensors(value):
+    """The tensors in lists, tuples and dicts, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for key in value:
-            yield from _tensors(value[key])
+            yield from tensors(value[key])
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
 
 
 def fingerprint(value):
     """Of the tensors in `value`, in order: dtype, shape and bytes."""
     digest = hashlib.sha256()
-    for tensor in _tensors(value):
+    for tensor in tensors(value):
         tensor = (tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()).cpu().contiguous()
         digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
         if tensor.numel():

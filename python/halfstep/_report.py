@@ -18,7 +18,7 @@ _SHARE = re.compile(r"acc|top_?\d|f1|precision|recall|auc|iou|share|rate", re.I)
 
 # -- reading ---------------------------------------------------------------------------------------
 _NUMBER = (int, float, str)  # "inf", "-inf", "nan" are strings
-_RUN = {"seed": (int, True), "metrics": (dict, True), "correct": (str, False), "labels": (list, False), "steps": (int, False), "seconds": (_NUMBER, False), "time": (dict, False),
+_RUN = {"seed": (int, True), "metrics": (dict, True), "correct": (str, False), "labels": (list, False), "steps": (int, False), "examples": (int, False), "seconds": (_NUMBER, False), "time": (dict, False),
         "memory": (dict, False), "ledger": (dict, False), "energy": (dict, False), "skipped": (int, False), "scale": (dict, False), "matrix": (dict, False),
         "shares": (dict, False), "losses": (list, False)}
 _ARM = {"name": (str, True), "runs": (list, True), "options": (dict, False)}
@@ -210,14 +210,14 @@ def summary(runs, metric, factor):
 
 
 def _energy(runs):
-    energies = [(e, run.get("steps")) for e, run in zip(_pick(runs, "energy"), runs) if e]
-    known = [(e, steps) for e, steps in energies if e.get("joules") is not None and steps]
+    """Joules a step and an example, over the runs that have them; else the reason."""
+    known = [run for run in runs if run.get("steps") and (run.get("energy") or {}).get("joules") is not None]
     if not known:
-        reason = next((e.get("reason") for e, _ in energies), None)
-        return {"joules_per_step": None, "net_joules_per_step": None, "method": None, "reason": reason or "not measured"}
-    nets = [e["net_joules"] / steps for e, steps in known if e.get("net_joules") is not None]
-    return {"joules_per_step": _median([e["joules"] / steps for e, steps in known]), "net_joules_per_step": _median(nets), "method": known[0][0]["method"],
-            "reason": None, "notes": known[0][0].get("notes", [])}
+        reason = next((e.get("reason") for e in _pick(runs, "energy") if e), None)
+        return {"joules_per_step": None, "net_joules_per_step": None, "joules_per_example": None, "method": None, "reason": reason or "not measured", "notes": []}
+    each = lambda key, by: _median([run["energy"][key] / run[by] for run in known if run["energy"].get(key) is not None and run.get(by)])
+    return {"joules_per_step": each("joules", "steps"), "net_joules_per_step": each("net_joules", "steps"), "joules_per_example": each("joules", "examples"),
+            "method": known[0]["energy"].get("method"), "reason": None, "notes": known[0]["energy"].get("notes") or []}
 
 
 def comparison(first, arm, metric, factor, delta, better="higher", percent=True):

@@ -19,7 +19,7 @@ import torch
 
 from . import _recording
 from ._energy import Meter
-from ._job import Arm, Job, fingerprint
+from ._job import Arm, Job, fingerprint, tensors
 from ._ledger import ledger
 from ._recording import number
 from ._shares import against_fp32, packed_samples, rng_state
@@ -178,7 +178,7 @@ class Run:
     def __init__(self, arm, job, device, every, look, trace, tell):
         self.arm, self.job, self.every, self.look, self.trace, self._tell = arm, job, every, look, trace, tell
         self.clock, self.memory, self.scaler = Clock(device), None, arm.scaler()
-        self.samples, self.ledger, self.count, self.losses, self.data = [], None, 0, [], []
+        self.samples, self.ledger, self.count, self.examples, self.losses, self.data = [], None, 0, 0, [], []
         try:
             per_epoch = len(job.batches)
         except TypeError:
@@ -224,6 +224,7 @@ class Run:
         marks.append(clock.time())
         with clock.aside():
             rng = rng_state() if self._looks() else None
+            self.examples += next((t.shape[0] for t in tensors(batch) if t.dim()), 0)
             if self.count < 3:
                 self.data.append(fingerprint(batch))
         for optimizer in optimizers:
@@ -358,7 +359,7 @@ def measure(spec, tell):
     stats = run.scaler.stats() if arm.scales else None
     result = {"seed": spec["seed"], "metrics": {k: number(v) for k, v in numbers.items()}, "metric": job.metric or next(iter(numbers)), "better": job.better,
               "correct": None if correct is None else "".join(map(str, correct)), "labels": labels if spec["look"] else None,
-              "steps": run.count, "seconds": seconds, "time": run.clock.report(), "memory": run.memory, "ledger": run.ledger, "energy": energy,
+              "steps": run.count, "examples": run.examples, "seconds": seconds, "time": run.clock.report(), "memory": run.memory, "ledger": run.ledger, "energy": energy,
               "losses": [[s, number(v)] for s, v in run.losses[:: max(1, len(run.losses) // 500)]],
               "skipped": stats.steps_skipped if stats else 0, "final_scale": number(stats.scale) if stats else None, "overflowed": stats.overflowed if stats else 0,
               "diagnosis": stats.diagnosis if stats else None, "scale": trajectory(spec["trace"]) if stats and spec["look"] else None,

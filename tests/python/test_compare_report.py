@@ -41,7 +41,7 @@ def run(seed, accuracy, full=True, scaled=True, lost=0.0):
     if not full:
         return {"seed": seed, "metrics": {"accuracy": accuracy}}
     bits = "".join("1" if i < round(400 * accuracy) else "0" for i in range(400))
-    return {"seed": seed, "metrics": {"accuracy": accuracy, "loss": 0.1}, "metric": "accuracy", "better": "higher", "correct": bits, "labels": [i % 10 for i in range(400)], "steps": 500, "seconds": 12.5,
+    return {"seed": seed, "metrics": {"accuracy": accuracy, "loss": 0.1}, "metric": "accuracy", "better": "higher", "correct": bits, "labels": [i % 10 for i in range(400)], "steps": 500, "examples": 50_000, "seconds": 12.5,
             "time": {**{p: QUARTILES(t) for p, t in zip(_report.PHASES, (1e-4, 2.5e-3, 5e-3, 1e-5, 6e-4, 8.2e-3))}, "first_step": 0.05, "timed_steps": 480, "warm_up_steps": 5},
             "memory": {"peak_bytes": 7 * 10**8, "before_bytes": 5 * 10**8, "cuda_peak_bytes": None, "method": "VmHWM"},
             "ledger": {"weights": 4_000_000, "gradients": 4_000_000, "masters": 4_000_000 * scaled, "states": 16_000_000, "buffers": 4096},
@@ -82,6 +82,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     assert [c["verdict"] for c in made["comparisons"]] == ["equivalent", "worse", "cannot tell"]
     text = _report.text(made)
     assert "fp16-s1: underflow: weight gradients that FP32 has and FP16 loses: encoder.layers.0.self_attention.output_projection.weight" in text and "note: something to know" in text
+    assert [made["arms"][1]["summary"]["energy"][k] for k in ("joules_per_step", "net_joules_per_step", "joules_per_example")] == [0.08, 0.05, 0.0008]
     assert "broken failed with seed 0: RuntimeError: mat1" in text and "permission denied" in text
 
 

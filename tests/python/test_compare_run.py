@@ -71,7 +71,7 @@ def command(*words):
 def test_what_a_run_measures(tmp_path):
     run = measured(write(tmp_path))
     json.dumps(run, allow_nan=False)
-    assert run["steps"] == 32 and run["metric"] == "accuracy" and len(run["correct"]) == 80 and run["metrics"]["accuracy"] == pytest.approx(run["correct"].count("1") / 80)
+    assert run["steps"] == 32 and run["examples"] == 640 and run["metric"] == "accuracy" and len(run["correct"]) == 80 and run["metrics"]["accuracy"] == pytest.approx(run["correct"].count("1") / 80)
     time = run["time"]
     assert time["timed_steps"] == 32 - 5 - 3 and all(time[p]["q1"] <= time[p]["median"] <= time[p]["q3"] for p in ("data", "forward", "backward", "check", "optimizer", "step"))
     assert time["check"]["median"] > 0 and abs(sum(time[p]["median"] for p in ("forward", "backward", "check", "optimizer")) / time["step"]["median"] - 1) < 0.5
@@ -234,6 +234,34 @@ def test_a_process_that_dies_without_a_word(tmp_path):
     path = write(tmp_path, SCRIPT.replace("    return hs.Job", "    import os, signal\n    os.kill(os.getpid(), signal.SIGKILL)\n    return hs.Job"))
     with pytest.raises(RuntimeError, match="arm 'fp32', with which the others are compared, failed: the process was killed by signal 9"):
         hs.compare(f"{path}:make", "fp32,mixed", 1, "1pp", tmp_path / "r")
+
+
+def test_the_bar_on_a_terminal_and_in_a_file():
+    from halfstep._progress import Plain
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, expected in ((io.StringIO(), ["1/2 a, seed 0: failed  0 s", "2/2 b, seed 0  0 s"]),
+                             (Terminal(), ["[..............................] 0/2 runs  a, seed 0  0 s", "[#######.......................] 0/2 runs  a, seed 0, step 5 of 10  0 s", "[###############...............] 1/2 runs  b, seed 0  0 s", "[###############...............] 1/2 runs  b, seed 0, step 7  0 s"])):
+        with Plain(2, stream) as bar:
+            bar.begin("a, seed 0"), bar.at(5, 10), bar.end(": failed"), bar.begin("b, seed 0"), bar.at(7, 0), bar.end()
+        assert [line for line in re.split(r"[\r\n]+", stream.getvalue().replace("\033[K", "")) if line] == expected
+
+
+def test_without_the_first_arm_nothing_goes_on(tmp_path, monkeypatch):
+    from halfstep import _compare
+
+    started = []
+
+    def run(self, arm, seed, look, bar):
+        started.append((arm.name, seed))
+        return {"error": {"line": "E", "load": False, "seed": seed, "log": "l"}} if (arm.name, seed) == ("fp32", 1) else {"seed": seed, "metrics": {"accuracy": 0.5}}
+
+    monkeypatch.setattr(_compare._Runs, "run", run)
+    found = hs.compare(f"{write(tmp_path)}:make", "fp32,mixed", 4, "1pp", tmp_path / "r")
+    assert started == [("fp32", 0), ("mixed", 0), ("fp32", 1)] and found.exit_status == 1 and found.data["comparisons"][0]["n"] == 1
 
 
 def test_an_interrupt_ends_the_run_and_says_how_to_go_on(tmp_path, monkeypatch):
