@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import _report, _worker
+from . import _report, _schema, _worker
 from ._extras import need
 from ._job import parse_arms
 from ._library import PACKAGE, _C, cuda_status
@@ -251,7 +251,7 @@ def _folder(out):
 
 def from_reports(paths, delta, out=None):
     """The arms of several reports, of programs in any language, compared as if they had been trained here. The first arm of the first is what the others are compared with."""
-    reports = [(Path(path), _report.read(path)) for path in paths]
+    reports = [(Path(path), _schema.read(path)) for path in paths]
     arms = [({**arm, "failed": arm.get("failed")}, path) for path, report in reports for arm in report["arms"]]
     names = [arm["name"] for arm, _ in arms]
     for arm, path in arms:

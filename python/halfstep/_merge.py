@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from . import _report
+from . import _report, _schema
 
 MUST_AGREE = ("make", "source", "every")
 
@@ -24,7 +24,7 @@ def merge(paths):
 
     ValueError where two of them did not run the same script, arms, seeds, steps and metric; it names what differs and both values.
     """
-    reports = [(str(path), _report.read(path)) for path in paths]
+    reports = [(str(path), _schema.read(path)) for path in paths]
     first = _configuration(reports[0][1])
     for path, report in reports[1:]:
         for name, value in _configuration(report).items():

@@ -1,133 +1,17 @@
-"""report.json: what it holds, how it is put together from runs, read and checked (docs/compare.md)."""
+"""report.json: how it is put together from runs, and its words on a terminal (docs/compare.md)."""
 
-import json
 import math
 import re
 import statistics
-from pathlib import Path
 
 from . import _statistics
+from ._measure import PHASES
+from ._schema import FORMAT, VERSION, validate
 from ._shares import unpacked
 
-FORMAT, VERSION = "halfstep-report", 1
-PHASES = ("data", "forward", "backward", "check", "optimizer", "step")
 FLAG = 0.01  # a layer is named from this share of its non-zeros on
 EXIT = {_statistics.EQUIVALENT: 0, _statistics.BETTER: 0, _statistics.WORSE: 2, _statistics.UNDECIDED: 3}
 _SHARE = re.compile(r"acc|top_?\d|f1|precision|recall|auc|iou|share|rate", re.I)
-
-
-# -- reading ---------------------------------------------------------------------------------------
-_NUMBER = (int, float, str)  # "inf", "-inf", "nan" are strings
-_RUN = {"seed": (int, True), "metrics": (dict, True), "correct": (str, False), "labels": (list, False), "steps": (int, False), "examples": (int, False), "seconds": (_NUMBER, False), "time": (dict, False),
-        "memory": (dict, False), "ledger": (dict, False), "energy": (dict, False), "skipped": (int, False), "scale": (dict, False), "matrix": (dict, False),
-        "shares": (dict, False), "losses": (list, False)}
-_ARM = {"name": (str, True), "runs": (list, True), "options": (dict, False)}
-_TOP = {"format": (str, True), "version": (int, True), "arms": (list, True), "metric": (dict, False), "environment": (dict, False), "config": (dict, False)}
-
-
-def _check(value, fields, where):
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is {type(value).__name__}; expected an object")
-    for key, (kind, needed) in fields.items():
-        if value.get(key) is None:
-            if needed:
-                raise ValueError(f"{where} has no {key!r}")
-        elif not isinstance(value[key], kind) or isinstance(value[key], bool):
-            raise ValueError(f"{where}: {key!r} is {type(value[key]).__name__}; expected {kind.__name__ if isinstance(kind, type) else 'a number'}")
-
-
-def _check_numbers(value, where):
-    for key, entry in value.items():
-        if isinstance(entry, dict):
-            _check_numbers(entry, f"{where}.{key}")
-        elif entry is not None:
-            _number(entry, f"{where}.{key}")
-
-
-def _number(value, where):
-    if isinstance(value, bool) or not (isinstance(value, (int, float)) or value in ("inf", "-inf", "nan")):
-        raise ValueError(f"{where} is {value!r}; expected a number")
-    return float(value)
-
-
-def _rows(value, lengths, where):
-    """A list of lists of numbers, each of one of the `lengths`."""
-    if not isinstance(value, list):
-        raise ValueError(f"{where} is {type(value).__name__}; expected list")
-    for i, row in enumerate(value):
-        if not isinstance(row, list) or len(row) not in lengths:
-            raise ValueError(f"{where}[{i}] is {json.dumps(row)[:40]}; expected a list of {' or '.join(map(str, lengths))} numbers")
-        for entry in row:
-            _number(entry, f"{where}[{i}]")
-
-
-def _check_nested(run, at):
-    """What pages and tables reach into."""
-    _rows(run.get("losses") or [], (2,), f"{at}: losses")
-    if run.get("scale"):
-        scale = run["scale"]
-        _check(scale, {"steps": (int, True), "points": (list, True), "skipped": (list, True), "longest": (int, False), "stable_from": (int, False)}, f"{at}: scale")
-        _rows(scale["points"], (2,), f"{at}: scale.points")
-        _rows([scale["skipped"]], (len(scale["skipped"]),), f"{at}: scale.skipped")
-        if not scale["points"] or any(not float(value) > 0 or not math.isfinite(float(value)) for _, value in scale["points"]):
-            raise ValueError(f"{at}: scale.points is empty or holds a scale that is no positive number")
-    for name, entry in (run.get("matrix") or {}).items():
-        _check(entry, {"metrics": (dict, "reason" not in entry) if isinstance(entry, dict) else (dict, True), "reason": (str, False), "max_error": (_NUMBER, False), "mean_error": (_NUMBER, False)}, f"{at}: matrix.{name}")
-    energy = run.get("energy") or {}
-    _check(energy, {"joules": ((int, float), False), "net_joules": ((int, float), False), "method": (str, False), "reason": (str, False), "notes": (list, False)}, f"{at}: energy")
-    for key in ("peak_bytes", "before_bytes", "cuda_peak_bytes"):
-        if (run.get("memory") or {}).get(key) is not None:
-            _number(run["memory"][key], f"{at}: memory.{key}")
-    if run.get("shares"):
-        _check_shares(run["shares"], f"{at}: shares")
-
-
-def _check_shares(shares, at):
-    _check(shares, {"tensors": (list, True), "samples": (list, True)}, at)
-    for i, tensor in enumerate(shares["tensors"]):
-        _check(tensor, {"name": (str, True), "kind": (str, True)}, f"{at}.tensors[{i}]")
-    for i, sample in enumerate(shares["samples"]):
-        _check(sample, {"step": (int, True), "scale": (_NUMBER, True), "rows": (list, True)}, f"{at}.samples[{i}]")
-        _rows(sample["rows"], (9,), f"{at}.samples[{i}].rows")
-        if any(not 0 <= row[0] < len(shares["tensors"]) for row in sample["rows"]):
-            raise ValueError(f"{at}.samples[{i}].rows names a tensor that is not in 'tensors'")
-
-
-def validate(data, where="report"):
-    """`data` if it is a report of a version that this halfstep reads; else a ValueError that names the field."""
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"{where} is not a halfstep report: 'format' is {data.get('format')!r}" if isinstance(data, dict) else f"{where} is not a halfstep report")
-    if data.get("version") != VERSION:
-        raise ValueError(f"{where} is a halfstep report of version {data.get('version')!r}; this halfstep reads version {VERSION}")
-    _check(data, _TOP, where)
-    if not data["arms"]:
-        raise ValueError(f"{where}: 'arms' is empty")
-    for i, arm in enumerate(data["arms"]):
-        _check(arm, _ARM, f"{where}, arms[{i}]")
-        for j, run in enumerate(arm["runs"]):
-            at = f"{where}, arms[{i}] {arm['name']!r}, runs[{j}]"
-            _check(run, _RUN, at)
-            if not run["metrics"]:
-                raise ValueError(f"{at}: 'metrics' is empty")
-            for key in ("metrics", "ledger"):
-                _check_numbers(run.get(key) or {}, f"{at}: {key}")
-            for phase in PHASES:
-                _check_numbers((run.get("time") or {}).get(phase) or {}, f"{at}: time.{phase}")
-            if set(run.get("correct") or "") - {"0", "1"}:
-                raise ValueError(f"{at}: 'correct' holds other letters than 0 and 1")
-            _check_nested(run, at)
-    return data
-
-
-def read(path):
-    """The report in a file; OSError or ValueError, each with the path, where there is none."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return validate(data, str(path))
 
 
 # -- delta and units -------------------------------------------------------------------------------
@@ -195,7 +79,7 @@ def summary(runs, metric, factor):
     mean, sd = _statistics.mean_and_sd(values)
     finite = all(map(math.isfinite, values))
     found = {"runs": len(runs), "mean": mean if finite else None, "sd": sd if finite else None, "interval95": _statistics.interval(values) if finite else None}
-    found["time"] = {phase: {q: _median(_pick(runs, "time", phase, q)) for q in ("median", "q1", "q3")} for phase in PHASES} if any(_pick(runs, "time", "step")) else None
+    found["time"] = {phase: {q: _median(_pick(runs, "time", phase, q)) for q in ("median", "q1", "q3")} for phase in (*PHASES, "step")} if any(_pick(runs, "time", "step")) else None
     found["first_step"] = _median(_pick(runs, "time", "first_step"))
     peaks, befores = _pick(runs, "memory", "peak_bytes"), _pick(runs, "memory", "before_bytes")
     found["peak_bytes"] = _median(peaks)

@@ -12,7 +12,7 @@ import subprocess
 import pytest
 import torch
 
-from halfstep import _compare, _merge, _report, _report_html
+from halfstep import _compare, _merge, _report, _report_html, _schema
 from halfstep._shares import packed_samples, shares
 
 LAYERS = ["encoder.layers.%d.%s" % (i, name) for i in range(6) for name in ("self_attention.output_projection.weight", "norm.bias", "mlp.weight")] + ["head.weight"]
@@ -42,7 +42,7 @@ def run(seed, accuracy, full=True, scaled=True, lost=0.0):
         return {"seed": seed, "metrics": {"accuracy": accuracy}}
     bits = "".join("1" if i < round(400 * accuracy) else "0" for i in range(400))
     return {"seed": seed, "metrics": {"accuracy": accuracy, "loss": 0.1}, "metric": "accuracy", "better": "higher", "correct": bits, "labels": [i % 10 for i in range(400)], "steps": 500, "examples": 50_000, "seconds": 12.5,
-            "time": {**{p: QUARTILES(t) for p, t in zip(_report.PHASES, (1e-4, 2.5e-3, 5e-3, 1e-5, 6e-4, 8.2e-3))}, "first_step": 0.05, "timed_steps": 480, "warm_up_steps": 5},
+            "time": {**{p: QUARTILES(t) for p, t in zip((*_report.PHASES, "step"), (1e-4, 2.5e-3, 5e-3, 1e-5, 6e-4, 8.2e-3))}, "first_step": 0.05, "timed_steps": 480, "warm_up_steps": 5},
             "memory": {"peak_bytes": 7 * 10**8, "before_bytes": 5 * 10**8, "cuda_peak_bytes": None, "method": "VmHWM"},
             "ledger": {"weights": 4_000_000, "gradients": 4_000_000, "masters": 4_000_000 * scaled, "states": 16_000_000, "buffers": 4096},
             "energy": {"joules": 40.0 if scaled else None, "net_joules": 25.0 if scaled else None, "idle_watts": 12.0, "seconds": 12.5, "method": "powercap" if scaled else None,
@@ -78,7 +78,7 @@ def made_report():
 def test_a_report_is_read_as_it_was_written(tmp_path):
     made = report()
     (tmp_path / "report.json").write_text(json.dumps(made, allow_nan=False))
-    assert _report.read(tmp_path / "report.json") == json.loads(json.dumps(made)) and made["exit_status"] == 1
+    assert _schema.read(tmp_path / "report.json") == json.loads(json.dumps(made)) and made["exit_status"] == 1
     assert [c["verdict"] for c in made["comparisons"]] == ["equivalent", "worse", "cannot tell"]
     text = _report.text(made)
     assert "fp16-s1: underflow: weight gradients that FP32 has and FP16 loses: encoder.layers.0.self_attention.output_projection.weight" in text and "note: something to know" in text
@@ -97,13 +97,15 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     (lambda r: r["arms"][0]["runs"][0]["matrix"].update(float16={}), "matrix.float16 has no 'metrics'"), (lambda r: r["arms"][0]["runs"][0]["matrix"].update(float16=1), "matrix.float16 is int"),
     (lambda r: r["arms"][0]["runs"][0]["energy"].update(joules="much"), "energy: 'joules' is str"), (lambda r: r["arms"][0]["runs"][0]["memory"].update(peak_bytes="x"), "memory.peak_bytes is 'x'"),
     (lambda r: r["arms"][1]["runs"][0]["shares"]["samples"][0]["rows"][0].pop(), "expected a list of 9 numbers"), (lambda r: r["arms"][1]["runs"][0]["shares"]["samples"][0]["rows"][0].__setitem__(0, 999), "names a tensor that is not in 'tensors'"),
+    (lambda r: r["arms"][1]["runs"][0]["shares"]["samples"][0]["rows"][0].__setitem__(3, "nan"), "holds a count that is no whole number"), (lambda r: r["arms"][4].update(failed={"seed": 1}), "failed has no 'line'"),
+    (lambda r: r["arms"][0]["runs"][0]["ledger"].update(weights="nan"), "ledger.weights is 'nan'"), (lambda r: r["arms"][0]["runs"][0]["time"].update(first_step="nan"), "time.first_step is 'nan'"),
     (lambda r: r["arms"][0]["runs"][0].update(losses=[1]), "losses[0] is 1; expected a list of 2 numbers"),
 ])
 def test_what_is_no_report_is_refused_by_field(change, message):
     made = copy.deepcopy(report())
     change(made)
     with pytest.raises(ValueError, match=re.escape(message)):
-        _report.validate(made, "r.json")
+        _schema.validate(made, "r.json")
 
 
 def test_delta_and_units():

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import halfstep as hs
-from halfstep import _job, _report, _worker, cli
+from halfstep import _job, _report, _schema, _worker, cli
 from test_compare_tensorboard import scalars
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,7 +200,7 @@ def test_an_interrupted_compare_goes_on(compared):
 
 def test_the_files_of_a_comparison(compared):
     folder, _, report, _, _ = compared
-    assert _report.read(folder / "r/report.json")["version"] == 1 and (folder / "r/report.png").read_bytes().startswith(b"\x89PNG")
+    assert _schema.read(folder / "r/report.json")["version"] == 1 and (folder / "r/report.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "r/report.html").read_text()
     assert "<script" not in page and not re.search(r"(src|href)=|url\(|@import", page) and "cannot tell" in page and "the data is gone" in page
     assert sorted(p.name for p in (folder / "r/events").iterdir()) == ["fp32", "mixed"]
