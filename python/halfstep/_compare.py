@@ -236,7 +236,8 @@ def compare(make, arms=("fp32", "mixed"), seeds=8, delta="0.5pp", out=None, *, e
     out = Path("compare" if out is None else out)
     _folder(out)
     found = _train(_Runs(file, name, device, every, out), arms, seeds)
-    config = {"make": f"{Path(file).name}:{name}", "source": _worker.file_hash(file), "seeds": seeds, "every": every, "device": device, "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    config = {"make": f"{Path(file).name}:{name}", "source": _worker.file_hash(file), "seeds": seeds, "every": every, "device": device,
+              "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
     if not found[0]["runs"]:
         raise RuntimeError(f"arm {found[0]['name']!r}, with which the others are compared, failed: {found[0]['failed']['line']} (log: {found[0]['failed']['log']})")
     return finish(found, delta, out, environment(device), config, _command(f"{Path(file).name}:{name}", arms, seeds, delta, every))

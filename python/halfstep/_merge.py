@@ -44,7 +44,7 @@ def _brief(value, other):
 def _rows(path, report):
     where = report.get("environment") or {}
     built = report if report.get("comparisons") is not None and all("summary" in arm for arm in report["arms"]) else _report.build([{**a, "failed": None} for a in report["arms"]], 1.0)
-    first = built["arms"][0]["summary"]
+    first, ratios = built["arms"][0]["summary"], {c["arm"]: c.get("time_ratio") for c in built["comparisons"]}
     for arm in built["arms"]:
         s = arm["summary"]
         if s is None:
@@ -54,7 +54,7 @@ def _rows(path, report):
         energy = lambda s: s["energy"]["joules_per_step"]
         ratio = lambda of: of(s) / of(first) if of(s) and of(first) else None
         yield {"machine": where.get("gpu") or where.get("cpu") or Path(path).stem, "device": where.get("device", "?"), "arm": arm["name"], "metric": s["mean"],
-               "difference": None if s["mean"] is None or first["mean"] is None else s["mean"] - first["mean"], "step_ms": None if time(s) is None else 1e3 * time(s), "time_ratio": ratio(time),
+               "difference": None if s["mean"] is None or first["mean"] is None else s["mean"] - first["mean"], "step_ms": None if time(s) is None else 1e3 * time(s), "time_ratio": ratios.get(arm["name"]) or ratio(time),
                "peak_mib": None if peak(s) is None else peak(s) / 2**20, "memory_ratio": ratio(peak), "joules_per_step": energy(s), "energy_ratio": ratio(energy)}
 
 
