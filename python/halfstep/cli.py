@@ -6,6 +6,8 @@ import platform
 import sys
 from pathlib import Path
 
+from . import _compare_cli
+
 
 def doctor():
     """Lines of (what, finding), each from a probe that ran."""
@@ -53,8 +55,14 @@ def simulate(options):
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line and status 1: 2 is a verdict of compare."""
+        self.exit(1, f"{self.prog}: {message} ({self.prog} --help)\n")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="halfstep")
+    parser = _Parser(prog="halfstep")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="what is installed, what works here, and what is wrong")
     replay = commands.add_parser("simulate", help="loss-scaling policies over a recorded run (hs.record)")
@@ -63,9 +71,12 @@ def main(argv=None):
                         help="a preset (torch, megatron, …), a policy (static:scale=1024, dynamic:growth_interval=100, …) or recorded; may be given several times")
     replay.add_argument("--plot", metavar="PNG", help="scale, skips and flushed share over the steps")
     replay.add_argument("--json", metavar="FILE", help="every number of every policy")
+    _compare_cli.add(commands)
     options = parser.parse_args(argv)
     if options.command == "simulate":
         return simulate(options)
+    if hasattr(options, "run"):
+        return _compare_cli.guarded(options)
     lines = doctor()
     for what, finding in lines:
         print(f"{what:10} {finding}")

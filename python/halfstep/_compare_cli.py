@@ -1,0 +1,84 @@
+"""`halfstep compare`, `halfstep init` and `halfstep merge`."""
+
+import json
+import sys
+from pathlib import Path
+
+
+def add(commands):
+    """Adds the three to the parser's commands."""
+    run = commands.add_parser("compare", help="is mixed precision as good as FP32 for this job, and what does it cost and save")
+    run.add_argument("make", nargs="?", help="script.py:make, a function (arm, seed) -> halfstep.Job; `halfstep init` writes one")
+    run.add_argument("--seeds", default="8", help="how many seeds, or which: 3,4,5 (default 8)")
+    run.add_argument("--arms", action="append", metavar="ARM,…", help="fp32, mixed, autocast, bf16, fp16-s1, or PRESET:key=value,…; the others are compared with the first (default fp32,mixed)")
+    run.add_argument("--delta", default="0.5pp", help="the difference that does not matter: percentage points, or a number in the metric's unit (default 0.5pp)")
+    run.add_argument("--out", default="compare", metavar="FOLDER", help="folder of report.json, report.html, report.png, events/ (default compare)")
+    run.add_argument("--every", type=int, default=50, metavar="STEPS", help="steps between two looks at what FP16 loses (default 50)")
+    run.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    run.add_argument("--from", nargs="+", dest="reports", metavar="REPORT", help="compare the arms of these report.json files instead of training")
+    run.set_defaults(run=_compare)
+    new = commands.add_parser("init", help="writes a commented script for compare, which runs as it is")
+    new.add_argument("file", nargs="?", default="train.py")
+    new.set_defaults(run=_init)
+    several = commands.add_parser("merge", help="reports of several machines as one table")
+    several.add_argument("reports", nargs="+", metavar="REPORT")
+    several.add_argument("--json", metavar="FILE", help="the rows of the table")
+    several.set_defaults(run=_merge)
+
+
+def _seeds(text):
+    try:
+        return [int(part) for part in text.split(",")] if "," in text else int(text)
+    except ValueError:
+        raise ValueError(f"--seeds is {text!r}; expected a whole number from 1, or seeds such as 3,4,5") from None
+
+
+def _compare(options):
+    from . import _compare as compare
+
+    if options.reports:
+        if options.make:
+            raise ValueError(f"both {options.make!r} and --from; expected one of them")
+        found = compare.from_reports(options.reports, options.delta, options.out)
+    else:
+        if not options.make:
+            raise ValueError("no script; expected script.py:make (`halfstep init` writes one), or --from")
+        found = compare.compare(options.make, options.arms or "fp32,mixed", _seeds(options.seeds), options.delta, options.out, every=options.every, device=options.device)
+    print(found)
+    print(f"wrote {Path(options.out) / 'report.html'}")
+    return found.exit_status
+
+
+def _init(options):
+    path = Path(options.file)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write((Path(__file__).parent / "_template.py").read_text(encoding="utf-8").replace("train.py", path.name))
+    except FileExistsError:
+        raise ValueError(f"{path} is there already; name another file") from None
+    print(f"wrote {path}; next: halfstep compare {path}:make --seeds 8 --arms fp32,mixed --delta 0.5pp --out r/")
+    return 0
+
+
+def _merge(options):
+    from ._merge import merge, table
+
+    rows = merge(options.reports)
+    if options.json:
+        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+    return 0
+
+
+def guarded(options):
+    """options.run, with every error that is the user's as one line and status 1."""
+    name = f"halfstep {options.command}"
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+        return 1
