@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t index = read(&table.rows[r].index);
     const int64_t step = read(state.steps + index) + 1;
     write(state.steps + index, step);
-    const math::StepConstants common = {
-        factor, 1 - state.ema_decay, math::random_key(state.seed, step, index), state.zero_grads};
+    const math::StepConstants common =
+        math::common_constants(factor, state.ema_decay, state.zero_grads, state.seed, step, index);
     write(constants + r, math::step_constants<Rule>(numbers, common, lr, step));
   }
 }
@@ -324,7 +324,9 @@ __global__ void __launch_bounds__(kThreads)
     write_state_chunks(Table table, bool is_signed, uint32_t random) {
   for_each_row_group<float>(
       table, nullptr, [=](const StepTensor& tensor, int64_t, int64_t i, int lanes) {
-        const auto x = read_group<kGroup<float>>(static_cast<const float*>(tensor.param), i, lanes);
+        auto x = read_group<kGroup<float>>(static_cast<const float*>(tensor.param), i, lanes);
+        HALFSTEP_UNROLL
+        for (int k = 0; k < kGroup<float>; ++k) x.x[k] = math::quiet(x.x[k]);
         if (is_signed)
           write_states<true, float>(tensor, 0, i, lanes, x, random);
         else

@@ -165,7 +165,8 @@ HALFSTEP_FN void write_weights(const StepTensor& t, int64_t i, int lanes,
       Group<T, kCount> rounded;
       HALFSTEP_UNROLL
       for (int k = 0; k < kCount; ++k) {
-        const uint32_t dice = math::random_bits<float>(random, 0, i + k);
+        const uint32_t dice =
+            math::random_bits<uint32_t>(math::random_base(random, math::kWeightStream, i), i + k);
         rounded.x[k] = t.param_dtype == Dtype::kF16
                            ? math::round_half_at_random(float(x.x[k]), dice)
                            : math::round_bfloat_at_random(float(x.x[k]), dice);
@@ -190,12 +191,13 @@ HALFSTEP_FN Group<T, kGroup<T>> read_states(const StepTensor& t, int s, int64_t 
     if (t.state_kind == StateKind::kBF16)
       return read_floats<T, kCount>(t.state[s], Dtype::kBF16, i, lanes);
     if (t.state_kind == StateKind::kInt8) {
-      const auto codes = read_group<kCount>(static_cast<const int8_t*>(t.state[s]), i, lanes);
+      using Code = std::conditional_t<kSigned, int8_t, uint8_t>;
+      const auto codes = read_group<kCount>(static_cast<const Code*>(t.state[s]), i, lanes);
       const int exponent = lanes > 0 ? read_uniform(t.exponent[s] + i / math::kStateBlock) : 0;
       Group<T, kCount> x;
       HALFSTEP_UNROLL
       for (int k = 0; k < kCount; ++k)
-        x.x[k] = math::decode_state<kSigned, float>(int32_t(codes.x[k]), exponent);
+        x.x[k] = math::decode_state<kSigned, false, float>(int32_t(codes.x[k]), exponent);
       return x;
     }
   }
@@ -208,36 +210,35 @@ HALFSTEP_FN void write_states(const StepTensor& t, int s, int64_t i, int lanes,
                               const Group<T, kGroup<T>>& x, uint32_t random) {
   constexpr int kCount = kGroup<T>;
   if constexpr (sizeof(T) == 4) {
-    const uint32_t stream = uint32_t(s) + 1;
+    const uint32_t base = math::random_base(random, math::state_stream(s), i);
+    const auto dice = [&](int k) {
+      return math::state_dice(s, math::random_bits<uint32_t>(base, i + k));
+    };
     if (t.state_kind == StateKind::kBF16) {
       Group<uint16_t, kCount> bits;
       HALFSTEP_UNROLL
       for (int k = 0; k < kCount; ++k) {
-        const uint32_t dice = math::random_bits<float>(random, stream, i + k);
-        bits.x[k] = math::float_to_bfloat(math::round_bfloat_at_random(x.x[k], dice));
+        bits.x[k] = uint16_t(math::bfloat_at_random(x.x[k], dice(k)));
       }
       return write_group<kCount>(static_cast<uint16_t*>(t.state[s]), i, lanes, bits);
     }
     if (t.state_kind == StateKind::kInt8) {
-      float largest = 0;
+      Group<float, kCount> coded;
+      int32_t largest = 0;
       HALFSTEP_UNROLL
       for (int k = 0; k < kCount; ++k) {
-        const float size = math::coded_size<kSigned>(x.x[k]);
-        if (k < lanes && size > largest) largest = size;
+        coded.x[k] = math::coded_value<kSigned>(x.x[k]);
+        if (k < lanes) largest = math::max(largest, math::size_bits(coded.x[k]));
       }
       static_assert(math::kStateBlock == 16 * kCount);
       for (int distance = 1; distance < 16; distance *= 2) {
-        const float other = __shfl_xor_sync(0xffffffffu, largest, distance);
-        largest = other > largest ? other : largest;
+        largest = math::max(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
       }
-      const int exponent =
-          math::scale_exponent(largest, kSigned ? math::kSignedTop : math::kUnsignedTop);
+      const int exponent = math::scale_exponent<kSigned>(largest);
       Group<int8_t, kCount> codes;
       HALFSTEP_UNROLL
-      for (int k = 0; k < kCount; ++k) {
-        const uint32_t dice = math::random_bits<float>(random, stream, i + k);
-        codes.x[k] = int8_t(math::encode_state<kSigned>(x.x[k], exponent, dice));
-      }
+      for (int k = 0; k < kCount; ++k)
+        codes.x[k] = int8_t(math::encode_state<kSigned>(coded.x[k], exponent, dice(k)));
       write_group<kCount>(static_cast<int8_t*>(t.state[s]), i, lanes, codes);
       if (i % math::kStateBlock == 0 && lanes > 0)
         write(t.exponent[s] + i / math::kStateBlock, int8_t(exponent));

@@ -126,7 +126,7 @@ struct Cpu {
     for (const int64_t i : work.index) {
       const int64_t step = ++steps[i];
       const auto common =
-          ops::common_constants(factor, args.ema_decay, !args.zeroed.empty(), args.seed, step, i);
+          math::common_constants(factor, args.ema_decay, !args.zeroed.empty(), args.seed, step, i);
       constants.push_back(math::step_constants<Rule>(numbers, common, lr, step));
     }
     if constexpr (Rule::kNeedsNorms) take_norms<Rule>(work, numbers, steps, constants);

@@ -11,7 +11,8 @@
 //   is_signed(s)        whether state s can be negative
 //   kTensorStates       states of one element a tensor, after the elementwise ones
 //   states(numbers)     how many of the elementwise states a step with these numbers keeps
-//   update(c, g, p, s)  one step of an element; `g` is the gradient as stored
+//   update(c, g, p, s)  one step of an element; `g` is the gradient as stored. Where the number of
+//                       states is known it is the second template argument
 // and, where kNeedsNorms, a read-only pass before the update:
 //   norms(c, g, p, s, a, b)   two values whose squares are summed over the tensor
 //   finish(c, numbers, a2, b2, step, state)  takes the two sums into the constants; `state` is the
@@ -67,6 +68,7 @@ struct AdamConstants : StepConstants {
   double root_scale;     ///< 1 / sqrt(1 - beta2^t)
   double eps;
   bool amsgrad;
+  bool adds_l2, adds_decay;  ///< l2 is not 0, update_decay is not 0
 };
 
 struct SgdNumbers {
@@ -175,27 +177,32 @@ struct AdamRule {
     c.root_scale = 1 / __builtin_sqrt(1 - power(n.beta2, step));
     c.eps = n.eps;
     c.amsgrad = n.amsgrad;
+    c.adds_l2 = c.l2 != 0;
+    c.adds_decay = c.update_decay != 0;
     return c;
   }
 
   /// s: m, v and, with amsgrad, the largest v so far.
-  template <class V>
+  template <class V, int kKept = kStates>
   HALFSTEP_FN static void update(const Constants& c, V g, V& p, V* s) {
+    // Ahead of the branches, so that a loop converts them once.
+    const V l2 = constant<V>(c.l2), decay = constant<V>(c.decay);
+    const V update_decay = constant<V>(c.update_decay), step_size = constant<V>(c.step_size);
     g = g * constant<V>(c.multiplier);
-    if (c.l2 != 0) g = fma(constant<V>(c.l2), p, g);
+    if (c.adds_l2) g = fma(l2, p, g);
     s[0] = fma(constant<V>(c.blend1), g - s[0], s[0]);
     s[1] = fma(constant<V>(c.blend2) * g, g, constant<V>(c.beta2) * s[1]);
     V root = s[1];
-    if (c.amsgrad) {
+    if (kKept == 3 && c.amsgrad) {
       s[2] = select(s[2] >= root, s[2], root);  // a NaN in v is kept
       root = s[2];
     }
     const V denominator = fma(sqrt(root), constant<V>(c.root_scale), constant<V>(c.eps));
     const V update = s[0] / denominator;
-    if (c.update_decay != 0)
-      p = p - fma(constant<V>(c.step_size), update, constant<V>(c.update_decay) * p);
+    if (c.adds_decay)
+      p = p - fma(step_size, update, update_decay * p);
     else
-      p = fma(constant<V>(-c.step_size), update, p * constant<V>(c.decay));
+      p = fma(constant<V>(-c.step_size), update, p * decay);
   }
 };
 
@@ -221,7 +228,7 @@ struct SgdRule {
     return c;
   }
 
-  template <class V>
+  template <class V, int kKept = kStates>
   HALFSTEP_FN static void update(const Constants& c, V g, V& p, V* s) {
     g = g * constant<V>(c.multiplier);
     if (c.weight_decay != 0) g = fma(constant<V>(c.weight_decay), p, g);
@@ -252,7 +259,7 @@ struct LionRule {
     return c;
   }
 
-  template <class V>
+  template <class V, int kKept = kStates>
   HALFSTEP_FN static void update(const Constants& c, V g, V& p, V* s) {
     g = g * constant<V>(c.multiplier);
     const V direction = sign(fma(constant<V>(c.blend1), g - s[0], s[0]));
@@ -280,7 +287,7 @@ struct AdagradRule {
     return c;
   }
 
-  template <class V>
+  template <class V, int kKept = kStates>
   HALFSTEP_FN static void update(const Constants& c, V g, V& p, V* s) {
     g = g * constant<V>(c.multiplier);
     if (c.weight_decay != 0) g = fma(constant<V>(c.weight_decay), p, g);
@@ -334,7 +341,7 @@ struct LambRule {
     const double ratio = __builtin_sqrt(a2) / __builtin_sqrt(b2);
     if (c.adapts && a2 > 0 && b2 > 0) c.lr *= ratio;
   }
-  template <class V>
+  template <class V, int kKept = kStates>
   HALFSTEP_FN static void update(const Constants& c, V g, V& p, V* s) {
     const V along = direction(c, g, p, s);
     p = fma(constant<V>(-c.lr), along, p);
@@ -372,7 +379,7 @@ struct NovoGradRule {
     v = step == 1 ? a2 : n.beta2 * v + (1 - n.beta2) * a2;
     c.inverse = 1 / (__builtin_sqrt(v) + n.eps);
   }
-  template <class V>
+  template <class V, int kKept = kStates>
   HALFSTEP_FN static void update(const Constants& c, V g, V& p, V* s) {
     g = g * constant<V>(c.multiplier) * constant<V>(c.inverse);
     g = fma(constant<V>(c.weight_decay), p, g);
@@ -380,6 +387,13 @@ struct NovoGradRule {
     p = fma(constant<V>(-c.lr), s[0], p);
   }
 };
+
+/// What a step's arguments give one parameter; `step` and `index` (its place in the group) are its
+/// own.
+HALFSTEP_FN StepConstants common_constants(double multiplier, double ema_decay, bool zero_grads,
+                                           int64_t seed, int64_t step, int64_t index) {
+  return {multiplier, 1 - ema_decay, random_key(seed, step, index), zero_grads};
+}
 
 /// A step of any rule begins here.
 template <class Rule>

@@ -31,12 +31,24 @@ HALFSTEP_FN uint32_t random_key(int64_t seed, int64_t step, int64_t tensor) {
   return key == 0 ? 1 : key;
 }
 
-/// Bits of element i, or of the sixteen from i on. `stream` keeps the uses within one step apart.
-template <class V>
-HALFSTEP_FN auto random_bits(uint32_t key, uint32_t stream, int64_t i) {
-  const uint32_t base = mix(key + stream * 0x9e3779b9u) ^ mix(uint32_t(i >> 32) + 1u);
-  using U = typename Traits<V>::Unsigned;
-  return mix(mix(index_lanes<U>(uint32_t(i)) ^ broadcast<U>(base)));
+/// What the bits of the elements [k * 2^32, (k + 1) * 2^32) around i begin with. `stream` keeps the
+/// uses within one step apart.
+HALFSTEP_FN uint32_t random_base(uint32_t key, uint32_t stream, int64_t i) {
+  return mix(key + stream * 0x9e3779b9u) ^ mix(uint32_t(i >> 32) + 1u);
+}
+/// 32 bits of element i, or of the sixteen from i on.
+template <class U>
+HALFSTEP_FN U random_bits(uint32_t base, int64_t i) {
+  return mix(index_lanes<U>(uint32_t(i)) ^ broadcast<U>(base));
+}
+
+// The uses of a step: stream 0 rounds the weight; state s takes 16 bits of stream 1 + s / 2, the
+// lower half for an even s, the upper for an odd one, so that two moments cost one hash.
+constexpr uint32_t kWeightStream = 0;
+HALFSTEP_FN constexpr uint32_t state_stream(int s) { return 1 + uint32_t(s) / 2; }
+template <class U>
+HALFSTEP_FN U state_dice(int s, U bits) {
+  return s % 2 == 0 ? bits & broadcast<U>(0xffffu) : bits >> 16;
 }
 
 /// The magnitude of `magnitude`, which is not negative, with the sign of x.
@@ -87,13 +99,23 @@ HALFSTEP_FN V round_half_at_random(V x, U random) {
   return select(x == x, with_sign_of(x, rounded), x);
 }
 
-/// x rounded at random to a value that BF16 holds, finite where x is.
+/// The bits of x rounded at random to BF16, in the low half; `dice` are 16 random bits. From the
+/// largest BF16 number on what does not fit is dropped, so that finite stays finite. A NaN must be
+/// quiet, as arithmetic leaves it, to stay one.
+template <class V, class U>
+HALFSTEP_FN auto bfloat_at_random(V x, U dice) {
+  using I = decltype(to_bits(x));
+  const I added = select(broadcast<V>(0x1.fdfffep127f) >= abs(x), as_signed(dice), broadcast<I>(0));
+  return (to_bits(x) + added) >> 16;
+}
+template <class V>
+HALFSTEP_FN V quiet(V x) {
+  using I = decltype(to_bits(x));
+  return select(x == x, x, from_bits(to_bits(x) | broadcast<I>(0x400000)));
+}
 template <class V, class U>
 HALFSTEP_FN V round_bfloat_at_random(V x, U random) {
-  const V rounded = round_bits_at_random<16>(x, random);
-  const V largest = with_sign_of(x, broadcast<V>(0x1.fep127f));
-  const auto beyond = abs(rounded) >= broadcast<V>(__builtin_inff());
-  return select(beyond, select(abs(x) >= broadcast<V>(__builtin_inff()), x, largest), rounded);
+  return from_bits(bfloat_at_random(quiet(x), random & broadcast<U>(0xffffu)) << 16);
 }
 
 HALFSTEP_MATH_END

@@ -27,14 +27,14 @@ HALFSTEP_FN V join_half(V h, I remainder) {
   return select(abs(h) >= broadcast<V>(0x1p-14f), by_bits, by_steps);
 }
 
-/// `h` is float(RNE16(master)).
-template <class V>
+/// `h` is float(RNE16(master)). kNoNan, here and below: there is no NaN.
+template <bool kNoNan = false, class V>
 HALFSTEP_FN auto remainder_half(V master, V h) {
   using I = decltype(to_bits(h));
   const I by_bits = to_bits(master) - to_bits(h);
   const I by_steps = round_to_int((master - h) * broadcast<V>(0x1p39f));
   const I remainder = select(abs(h) >= broadcast<V>(0x1p-14f), by_bits, by_steps);
-  return select(master == master, remainder, broadcast<I>(0));
+  return kNoNan ? remainder : select(master == master, remainder, broadcast<I>(0));
 }
 
 template <class I>
@@ -43,18 +43,20 @@ HALFSTEP_FN auto join_bfloat(I h, I remainder) {
 }
 
 /// Bits of h in the low half, rounded half away from zero; NaN stays a NaN.
-template <class V>
+template <bool kNoNan = false, class V>
 HALFSTEP_FN auto bfloat_away(V master) {
   using I = decltype(to_bits(master));
   const I bits = to_bits(master);
+  if constexpr (kNoNan) return (bits + broadcast<I>(0x8000)) >> 16;
   const I finite = select(master == master, bits, broadcast<I>(0));  // no overflow in the addition
   const I nan = (bits >> 16) | broadcast<I>(0x40);
   return select(master == master, (finite + broadcast<I>(0x8000)) >> 16, nan);
 }
 
-template <class V, class I>
+template <bool kNoNan = false, class V, class I>
 HALFSTEP_FN auto remainder_bfloat(V master, I h) {
-  return select(master == master, to_bits(master) - (h << 16), broadcast<I>(0));
+  const I remainder = to_bits(master) - (h << 16);
+  return kNoNan ? remainder : select(master == master, remainder, broadcast<I>(0));
 }
 
 HALFSTEP_MATH_END

@@ -8,7 +8,8 @@
 //     of two with max|x| <= 127 * 2^e; -128 stands for a non-finite value. Non-negative states
 //     (second moments): sqrt(x) as code * 2^e with codes 0 … 254, never 0 where x > 0; 255 is
 //     non-finite. Rounded at random: with nearest rounding 0.999 * 127 is 127 again and v never
-//     decays, and a v that rounds to 0 beside an m that does not divides by eps alone.
+//     decays, and a v that rounds to 0 beside an m that does not divides by eps alone. Counted in
+//     2^-16 of a code, a random 16-bit number added, the upper bits kept.
 //   split8   the int16 remainder of split16 rounded to its upper byte: the weight to about 8 bits
 //     more than its 16-bit dtype has.
 //   kahan    the rounding error of the weight in the weight's own dtype.
@@ -27,8 +28,8 @@ enum class StateKind : int32_t {
 
 /// Elements under one scale of an int8 state.
 constexpr int64_t kStateBlock = 128;
-/// Exponent of a block without a non-zero element.
-constexpr int kLowestExponent = -126;
+/// Exponent of a block without a non-zero element. 2^-e times 2^16 is a normal number down to it.
+constexpr int kLowestExponent = -110;
 
 }  // namespace halfstep::math
 
@@ -37,56 +38,54 @@ HALFSTEP_MATH_BEGIN
 /// 2^exponent for -126 <= exponent <= 127.
 HALFSTEP_FN float power_of_two(int exponent) { return bit_cast<float>((exponent + 127) << 23); }
 
-/// The smallest e >= -126 with largest <= top * 2^e; `largest` is finite and not negative.
-HALFSTEP_FN int scale_exponent(float largest, float top) {
-  int exponent = int((bit_cast<uint32_t>(largest / top) >> 23) & 0xffu) - 127;
-  exponent = exponent < kLowestExponent ? kLowestExponent : exponent;
-  return largest > top * power_of_two(exponent) ? exponent + 1 : exponent;
+/// The smallest e >= kLowestExponent with |y| <= top * 2^e, of the bits of a finite |y|: the tops
+/// are 0x1.fcp6 and 0x1.fcp7, so a greater mantissa takes the next exponent.
+template <bool kSigned>
+HALFSTEP_FN int scale_exponent(int32_t largest) {
+  constexpr int32_t kMantissaTop = 0x7e0000;
+  const int exponent = ((largest + 0x7fffff - kMantissaTop) >> 23) - 127 - (kSigned ? 6 : 7);
+  return exponent < kLowestExponent ? kLowestExponent : exponent;
 }
 
-/// What the block's scale must hold of x: |x| or sqrt(x); 0 for a non-finite element.
+/// What is held of a state x as code * 2^e.
 template <bool kSigned, class V>
-HALFSTEP_FN V coded_size(V x) {
-  const V size = kSigned ? abs(x) : sqrt(x);
-  return select(broadcast<V>(0x1.fffffep127f) >= size, size, broadcast<V>(0.0f));
+HALFSTEP_FN V coded_value(V x) {
+  return kSigned ? x : sqrt(x);
+}
+template <class V>
+HALFSTEP_FN auto is_finite(V x) {
+  return broadcast<V>(0x1.fffffep127f) >= abs(x);
+}
+/// The bits of |y|, which are in the order of |y|, and 0 where y is not finite.
+template <class V>
+HALFSTEP_FN auto size_bits(V y) {
+  using I = decltype(to_bits(y));
+  return select(is_finite(y), to_bits(abs(y)), broadcast<I>(0));
 }
 
-constexpr float kSignedTop = 127.0f, kUnsignedTop = 254.0f;
-
-/// The code of x under scale 2^exponent; `random` from random_bits.
-template <bool kSigned, class V, class U>
-HALFSTEP_FN auto encode_state(V x, int exponent, U random) {
-  using I = decltype(to_bits(x));
-  // In two factors: 2^126 and more has no reciprocal that is a normal number.
-  const int half = exponent / 2;
-  const auto scaled = [&](V size) {
-    return size * broadcast<V>(power_of_two(-half)) * broadcast<V>(power_of_two(half - exponent));
-  };
-  const V size = coded_size<kSigned>(x);
-  I code = floor_to_int(scaled(size) + unit_interval<V>(random >> 8));
-  const I top = broadcast<I>(kSigned ? 127 : 254);
-  code = select(code >= top, top, code);
-  if constexpr (kSigned) {
-    code = select(x >= broadcast<V>(0.0f), code, broadcast<I>(0) - code);
-    return select(broadcast<V>(0x1.fffffep127f) >= abs(x), code, broadcast<I>(-128));
-  } else {
-    const I one = broadcast<I>(1), zero = broadcast<I>(0);
-    code = select(x == broadcast<V>(0.0f), zero, select(code >= one, code, one));
-    return select(broadcast<V>(0x1.fffffep127f) >= x, code, broadcast<I>(255));
+/// The code of y = coded_value(x) under scale 2^exponent, which holds it; `dice` are 16 random
+/// bits. kFinite: there is no non-finite y.
+template <bool kSigned, bool kFinite = false, class V, class U>
+HALFSTEP_FN auto encode_state(V y, int exponent, U dice) {
+  using I = decltype(to_bits(y));
+  const V size = kFinite ? y : select(is_finite(y), y, broadcast<V>(0.0f));
+  I code = round_to_int(size * broadcast<V>(power_of_two(16 - exponent))) + as_signed(dice);
+  code = code >> 16;
+  if constexpr (!kSigned) {
+    code = max(code, min(to_bits(y), broadcast<I>(1)));  // 1 at least, unless y is 0
   }
+  return kFinite ? code : select(is_finite(y), code, broadcast<I>(kSigned ? -128 : 255));
 }
 
-/// `code` as loaded, sign-extended from 8 bits.
-template <bool kSigned, class V, class I>
+/// `code` as loaded: a signed one sign-extended from 8 bits, the other zero-extended. kFinite: no
+/// code stands for a non-finite value.
+template <bool kSigned, bool kFinite = false, class V, class I>
 HALFSTEP_FN V decode_state(I code, int exponent) {
-  if constexpr (kSigned) {
-    const V x = to_float(code) * broadcast<V>(power_of_two(exponent));
-    return select(code == broadcast<I>(-128), broadcast<V>(__builtin_nanf("")), x);
-  } else {
-    const I byte = code & broadcast<I>(255);
-    const V root = to_float(byte) * broadcast<V>(power_of_two(exponent));
-    return select(byte == broadcast<I>(255), broadcast<V>(__builtin_nanf("")), root * root);
-  }
+  const V y = to_float(code) * broadcast<V>(power_of_two(exponent));
+  const V x = kSigned ? y : y * y;
+  return kFinite ? x
+                 : select(code == broadcast<I>(kSigned ? -128 : 255),
+                          broadcast<V>(__builtin_nanf("")), x);
 }
 
 // ---- split8

@@ -25,6 +25,8 @@ HALFSTEP_FN double abs(double a) { return __builtin_fabs(a); }
 HALFSTEP_FN float select(bool mask, float a, float b) { return mask ? a : b; }
 HALFSTEP_FN double select(bool mask, double a, double b) { return mask ? a : b; }
 HALFSTEP_FN int32_t select(bool mask, int32_t a, int32_t b) { return mask ? a : b; }
+HALFSTEP_FN int32_t max(int32_t a, int32_t b) { return a >= b ? a : b; }
+HALFSTEP_FN int32_t min(int32_t a, int32_t b) { return b >= a ? a : b; }
 HALFSTEP_FN int32_t to_bits(float a) { return bit_cast<int32_t>(a); }
 HALFSTEP_FN float from_bits(int32_t a) { return bit_cast<float>(a); }
 HALFSTEP_FN int32_t round_to_int(float a) {
@@ -64,7 +66,7 @@ struct Pack {
   /// The same in memory, wherever it lies.
   typedef T Unaligned __attribute__((vector_size(kRegister), aligned(alignof(T)), may_alias));
   static constexpr int kPieces = int(kLanes * sizeof(T)) / kRegister;
-  Native piece[kPieces];
+  Native piece[kPieces > 0 ? kPieces : 1];
 };
 using F32 = Pack<float>;
 using F64 = Pack<double>;
@@ -182,19 +184,22 @@ HALFSTEP_FN int64_t count(const Pack<T>& mask) {
     for (int i = 0; i < int(kRegister / sizeof(T)); ++i) total -= mask.piece[k][i];
   return total;
 }
+HALFSTEP_FN bool any(Pack<int64_t>::Native mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  bool found = false;
+  for (int i = 0; i < int(kRegister / 8); ++i) found |= mask[i] != 0;
+  return found;
+#endif
+}
 template <class T>
 HALFSTEP_FN bool any(const Pack<T>& mask) {
   typename Pack<T>::Native all = mask.piece[0];
   for (int k = 1; k < Pack<T>::kPieces; ++k) all |= mask.piece[k];
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)all, (__m512i)all) != 0;
-#elif defined(__AVX2__)
-  return !_mm256_testz_si256((__m256i)all, (__m256i)all);
-#else
-  bool found = false;
-  for (int i = 0; i < int(kRegister / sizeof(T)); ++i) found |= all[i] != 0;
-  return found;
-#endif
+  return any(__builtin_bit_cast(Pack<int64_t>::Native, all));
 }
 template <class T>
 HALFSTEP_FN bool is_set(const Pack<T>& mask, int lane) {
@@ -243,15 +248,32 @@ HALFSTEP_FN U index_lanes(uint32_t i) {
   if constexpr (Traits<U>::kWidth == 1) {
     return i;
   } else {
-    U a = broadcast<U>(i);
-    for (int lane = 0; lane < kLanes; ++lane)
-      a.piece[lane / int(kRegister / 4)][lane % int(kRegister / 4)] += uint32_t(lane);
-    return a;
+    constexpr uint32_t kFromZero[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return broadcast<U>(i) + load_lanes(kFromZero);
   }
 }
 HALFSTEP_FN F32 abs(const F32& a) { return from_bits(to_bits(a) & broadcast<I32>(0x7fffffff)); }
 HALFSTEP_FN F64 abs(const F64& a) {
   return from_bits(to_bits(a) & broadcast<I64>(0x7fffffffffffffff));
+}
+
+/// Whether every lane is below `limit` in magnitude; NaN is not.
+HALFSTEP_FN bool all_below(const F32& a, float limit) {
+#if defined(__AVX512F__)
+  const __m512 bound = _mm512_set1_ps(limit);
+  return _mm512_cmp_ps_mask(abs(a).piece[0], bound, _CMP_NLT_UQ) == 0;
+#else
+  const F32 size = abs(a);
+  F32::Native bound = limit - F32::Native{};
+  typename I32::Native all = size.piece[0] < bound;
+  for (int k = 1; k < F32::kPieces; ++k) all &= size.piece[k] < bound;
+  return !any(__builtin_bit_cast(Pack<int64_t>::Native, ~all));
+#endif
+}
+HALFSTEP_FN bool all_below(const F64& a, double limit) {
+  I64 beyond;
+  for (int k = 0; k < F64::kPieces; ++k) beyond.piece[k] = ~(abs(a).piece[k] < limit);
+  return !any(beyond);
 }
 
 HALFSTEP_FN F32 fma(const F32& a, const F32& b, const F32& c) {
@@ -321,6 +343,56 @@ HALFSTEP_FN I32 round_to_int(const F32& a) {
 #endif
   }
   return r;
+}
+HALFSTEP_FN I32 max(const I32& a, const I32& b) {
+#if defined(__AVX512F__)
+  return {(I32::Native)_mm512_max_epi32((__m512i)a.piece[0], (__m512i)b.piece[0])};
+#elif defined(__AVX2__)
+  I32 r;
+  for (int k = 0; k < I32::kPieces; ++k)
+    r.piece[k] = (I32::Native)_mm256_max_epi32((__m256i)a.piece[k], (__m256i)b.piece[k]);
+  return r;
+#else
+  return select(a >= b, a, b);
+#endif
+}
+HALFSTEP_FN I32 min(const I32& a, const I32& b) {
+#if defined(__AVX512F__)
+  return {(I32::Native)_mm512_min_epi32((__m512i)a.piece[0], (__m512i)b.piece[0])};
+#elif defined(__AVX2__)
+  I32 r;
+  for (int k = 0; k < I32::kPieces; ++k)
+    r.piece[k] = (I32::Native)_mm256_min_epi32((__m256i)a.piece[k], (__m256i)b.piece[k]);
+  return r;
+#else
+  return select(b >= a, a, b);
+#endif
+}
+HALFSTEP_FN U32 max(const U32& a, const U32& b) {
+#if defined(__AVX512F__)
+  return {(U32::Native)_mm512_max_epu32((__m512i)a.piece[0], (__m512i)b.piece[0])};
+#elif defined(__AVX2__)
+  U32 r;
+  for (int k = 0; k < U32::kPieces; ++k)
+    r.piece[k] = (U32::Native)_mm256_max_epu32((__m256i)a.piece[k], (__m256i)b.piece[k]);
+  return r;
+#else
+  return select(a >= b, a, b);
+#endif
+}
+/// The largest lane.
+HALFSTEP_FN uint32_t max_lane(const U32& a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)a.piece[0]);
+#else
+  U32 folded = a;
+  for (int k = 1; k < U32::kPieces; ++k)
+    folded.piece[0] = folded.piece[0] >= folded.piece[k] ? folded.piece[0] : folded.piece[k];
+  uint32_t lanes[kRegister / 4], largest = 0;
+  __builtin_memcpy(lanes, &folded.piece[0], sizeof(lanes));
+  for (const uint32_t lane : lanes) largest = lane > largest ? lane : largest;
+  return largest;
+#endif
 }
 HALFSTEP_FN F32 to_float(const I32& a) {
   F32 r;
@@ -422,19 +494,80 @@ HALFSTEP_FN void store_bfloat(uint16_t* to, const F32& a) {
 /// Sign-extends.
 HALFSTEP_FN I32 load_int8(const int8_t* from) {
   I32 r;
-  for (int i = 0; i < kLanes; ++i)
-    r.piece[i / int(kRegister / 4)][i % int(kRegister / 4)] = from[i];
+#if defined(__AVX512F__)
+  r.piece[0] = (I32::Native)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+  for (int k = 0; k < 2; ++k)
+    r.piece[k] = (I32::Native)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8 * k)));
+#else
+  for (int i = 0; i < kLanes; ++i) r.piece[i / 4][i % 4] = from[i];
+#endif
+  return r;
+}
+/// Zero-extends.
+HALFSTEP_FN I32 load_uint8(const uint8_t* from) {
+  I32 r;
+#if defined(__AVX512F__)
+  r.piece[0] = (I32::Native)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+  for (int k = 0; k < 2; ++k)
+    r.piece[k] = (I32::Native)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8 * k)));
+#else
+  for (int i = 0; i < kLanes; ++i) r.piece[i / 4][i % 4] = from[i];
+#endif
   return r;
 }
 /// Keeps the low 8 bits.
 HALFSTEP_FN void store_int8(int8_t* to, const I32& a) {
 #if defined(__AVX512F__)
   _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)a.piece[0]));
+#elif defined(__AVX2__)
+  // As store_int16: packing saturates and works within 128-bit halves.
+  const __m256i low = _mm256_set1_epi32(0xff);
+  const __m256i words = _mm256_packus_epi32(_mm256_and_si256((__m256i)a.piece[0], low),
+                                            _mm256_and_si256((__m256i)a.piece[1], low));
+  const __m256i order = _mm256_permute4x64_epi64(words, 0xd8);
+  _mm_storeu_si128((__m128i*)to, _mm_packus_epi16(_mm256_castsi256_si128(order),
+                                                  _mm256_extracti128_si256(order, 1)));
 #else
   int32_t lanes[kLanes];
   store_lanes(lanes, a);
   for (int i = 0; i < kLanes; ++i) to[i] = int8_t(lanes[i]);
 #endif
+}
+/// Sixty-four codes in [-128, 127], or in [0, 255] where not signed.
+template <bool kSigned>
+HALFSTEP_FN void store_codes(int8_t* to, const I32 (&a)[4]) {
+#if defined(__AVX512F__)
+  // Packing works within 128-bit parts: dword 4 * part + vector holds four codes of its vector.
+  const auto words = [&](int k) {
+    return _mm512_packs_epi32((__m512i)a[k].piece[0], (__m512i)a[k + 1].piece[0]);
+  };
+  const __m512i bytes =
+      kSigned ? _mm512_packs_epi16(words(0), words(2)) : _mm512_packus_epi16(words(0), words(2));
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, bytes));
+#elif defined(__AVX2__)
+  const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+  for (int k = 0; k < 4; k += 2) {
+    const auto words = [&](int v) {
+      return _mm256_packs_epi32((__m256i)a[v].piece[0], (__m256i)a[v].piece[1]);
+    };
+    const __m256i bytes = kSigned ? _mm256_packs_epi16(words(k), words(k + 1))
+                                  : _mm256_packus_epi16(words(k), words(k + 1));
+    _mm256_storeu_si256((__m256i*)(to + k * kLanes), _mm256_permutevar8x32_epi32(bytes, order));
+  }
+#else
+  for (int k = 0; k < 4; ++k) store_int8(to + k * kLanes, a[k]);
+#endif
+}
+/// Whether one of 64 bytes is `value`.
+HALFSTEP_FN bool holds_byte(const char* from, int8_t value) {
+  using Bytes = Pack<int8_t>;
+  Bytes::Native found = {};
+  for (int i = 0; i < 64; i += kRegister)
+    found |= *reinterpret_cast<const Bytes::Unaligned*>(from + i) == value;
+  return any(__builtin_bit_cast(Pack<int64_t>::Native, found));
 }
 #else   // nvcc sees scalars only
 template <class V>

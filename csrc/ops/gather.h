@@ -29,12 +29,6 @@ struct Gathered {
 };
 
 Gathered gather(const StepArgs& args, const RuleInfo& info);
-/// The parts of a step's constants that come from its arguments; `step` and `index` are those of
-/// one parameter.
-HALFSTEP_FN math::StepConstants common_constants(double multiplier, double ema_decay, bool zeroes,
-                                                 int64_t seed, int64_t step, int64_t index) {
-  return {multiplier, 1 - ema_decay, math::random_key(seed, step, index), zeroes};
-}
 /// Gradients that are walked as a copy in their parameter's layout are zeroed here, the others by
 /// the kernel.
 void zero_copied(const StepArgs& args, const Gathered& work);

@@ -15,7 +15,7 @@ MASTERS = ("auto", "fp32", "fp64", "split16", "split8", "kahan", "stochastic", "
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 UNSIGNED = ("exp_avg_sq", "max_exp_avg_sq", "sum")  # second moments: never negative, as int8 states uint8 codes of their roots
 BLOCK = 128  # elements under one scale of an int8 state (csrc/math/states.h)
-_LOWEST = -126  # the scale of a block of zeros
+_LOWEST = -110  # the scale of a block of zeros
 _ROW = 128  # bytes that hold one row of a table (cuda/kernels.h)
 LIMIT = {torch.float16: 65520.0, torch.bfloat16: 3.3961775292304957e38}
 

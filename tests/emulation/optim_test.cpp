@@ -221,8 +221,8 @@ int64_t host_step(const math::StepTensor& t, const math::NovoGradConstants& c, i
 template <class Rule>
 typename Rule::Constants host_constants(const typename Rule::Numbers& numbers, int64_t index,
                                         bool zero_grads) {
-  const math::StepConstants common = {0x1p-6, 1 - 0.9, math::random_key(kSeed, 3, index),
-                                      zero_grads};
+  const math::StepConstants common =
+      math::common_constants(0x1p-6, 0.9, zero_grads, kSeed, 3, index);
   return math::step_constants<Rule>(numbers, common, 0.3, 3);
 }
 

@@ -37,7 +37,7 @@ def states_of(held, p, signed):
     n = p.numel()
     if held != "int8":
         return [torch.zeros(n, dtype=held) for _ in signed]
-    return [torch.zeros(n, dtype=torch.int8 if s else torch.uint8) for s in signed] + [torch.full(((n + 127) // 128,), -126, dtype=torch.int8) for _ in signed]
+    return [torch.zeros(n, dtype=torch.int8 if s else torch.uint8) for s in signed] + [torch.full(((n + 127) // 128,), -110, dtype=torch.int8) for _ in signed]
 for dtype, kind in modes:
     n = 20_003
     value = random(n, 0.05); value[:100] *= 1e-6; value[100] = 65000.0

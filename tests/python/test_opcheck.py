@@ -252,7 +252,7 @@ def step_samples(states, **numbers):
 def int8_states(params, signed):
     """Codes of each state, then the scales of each."""
     codes = [torch.zeros_like(p, dtype=torch.int8 if s else torch.uint8) for s in signed for p in params]
-    return codes + [torch.full(((p.numel() + 127) // 128,), -126, dtype=torch.int8) for _ in signed for p in params]
+    return codes + [torch.full(((p.numel() + 127) // 128,), -110, dtype=torch.int8) for _ in signed for p in params]
 
 
 def adam_samples(**numbers):

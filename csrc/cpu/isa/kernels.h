@@ -17,8 +17,8 @@ using math::Dtype;
 using math::MasterKind;
 using math::StepTensor;
 
-/// Elements [begin, end) of one parameter, begin a multiple of kStateBlock; returns how many were
-/// kept from leaving the 16-bit range.
+/// Elements [begin, end) of one parameter, begin a multiple of kStateBlock and no multiple of 2^32
+/// between them; returns how many were kept from leaving the 16-bit range.
 template <class Constants>
 using StepKernel = int64_t (*)(const StepTensor& tensor, const Constants& constants, int64_t begin,
                                int64_t end);

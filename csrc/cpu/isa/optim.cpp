@@ -26,7 +26,7 @@ HALFSTEP_FN void keep(const M& mask, V& value, const V& old) {
 /// The arrays of a step in the order of walk(): parameter, master, gradient, EMA, states.
 enum { kParam, kMaster, kGrad, kEma, kState };
 
-template <class R, int kStates, class S>
+template <class R, int kStates, StateKind kHeld, class S>
 Arrays<kState + kStates> arrays_of(const StepTensor& t, const typename R::Constants& c,
                                    const S& slot, bool writes) {
   constexpr int64_t kWide = sizeof(typename S::T);
@@ -35,37 +35,43 @@ Arrays<kState + kStates> arrays_of(const StepTensor& t, const typename R::Consta
   a.set(kMaster, t.master, slot.master_size(), writes);
   a.set(kGrad, t.grad, dtype_size(t.grad_dtype), writes && c.zero_grads);
   a.set(kEma, t.ema, writes && t.ema ? kWide : 0, writes);
-  for (int s = 0; s < kStates; ++s)
-    a.set(kState + s, t.state[s], S::kAny ? state_size(t, kWide) : kWide, writes);
+  for (int s = 0; s < kStates; ++s) a.set(kState + s, t.state[s], state_size(kHeld, kWide), writes);
   return a;
 }
 
 HALFSTEP_FN void zero_lanes(char* grad, Dtype dtype, int64_t i) {
   const int64_t size = dtype_size(dtype);
-  __builtin_memset(grad + i * size, 0, size_t(size * kLanes));
+  const F32 zero = broadcast<F32>(0);
+  for (int64_t byte = 0; byte < size * kLanes; byte += 32)
+    __builtin_memcpy(grad + i * size + byte, &zero, 32);
 }
 
-/// Update of sixteen elements but for the states, which are in s and stay there.
-template <class R, int kStates, class S>
+/// Update of sixteen elements but for the states, which are in s and stay there. `updated(s)` runs
+/// right beside the update, and again where some lanes were taken back.
+template <class R, int kStates, class S, class Updated>
 HALFSTEP_FN int64_t step_lanes(const StepTensor& t, const typename R::Constants& c, const S& slot,
-                               char* const* data, int64_t i, int64_t element,
-                               typename S::Value* s) {
+                               char* const* data, int64_t i, int64_t element, typename S::Value* s,
+                               const Updated& updated) {
   using V = typename S::Value;
   V p = slot.load(data[kParam], data[kMaster], i), old[kStates + 1];
   for (int k = 0; k < kStates; ++k) old[k] = s[k];
   old[kStates] = p;
-  R::update(c, load_any<V>(data[kGrad], t.grad_dtype, i), p, s);
+  R::template update<V, kStates>(c, load_any<V>(data[kGrad], t.grad_dtype, i), p, s);
+  updated(s);
   if (c.zero_grads) zero_lanes(data[kGrad], t.grad_dtype, i);
   int64_t kept = 0;
-  if (slot.sixteen()) {
-    const auto leaves = slot.leaves_range(p);
-    if (__builtin_expect(any(leaves), 0)) {
+  if (slot.sixteen() && __builtin_expect(all_below(p, slot.limit()), 1)) {
+    slot.template store<true>(data[kParam], data[kMaster], i, p, element);
+  } else {
+    if (slot.sixteen()) {
+      const auto leaves = abs(p) >= broadcast<V>(slot.limit());
       kept = count(leaves);
       keep(leaves, p, old[kStates]);
       for (int k = 0; k < kStates; ++k) keep(leaves, s[k], old[k]);
+      updated(s);
     }
+    slot.store(data[kParam], data[kMaster], i, p, element);
   }
-  slot.store(data[kParam], data[kMaster], i, p, element);
   if (t.ema) {
     const V ema = load_wide<V>(data[kEma], i);
     store_wide(data[kEma], i, fma(constant<V>(c.ema_blend), p - ema, ema));
@@ -73,56 +79,89 @@ HALFSTEP_FN int64_t step_lanes(const StepTensor& t, const typename R::Constants&
   return kept;
 }
 
-template <class R, int kStates, class S>
+template <class R, int kStates, StateKind kHeld, class S>
 int64_t step_pass(const StepTensor& tensor, const typename R::Constants& constants, const S& slot,
                   int64_t begin, int64_t end) {
   using V = typename S::Value;
   const StepTensor t = tensor;  // copies, which no store of the loop can touch
   const typename R::Constants c = constants;
+  uint32_t base[2] = {};
+  if constexpr (kHeld == StateKind::kBF16)
+    for (int k = 0; k < 2; ++k) base[k] = random_base(c.random, state_stream(2 * k), begin);
   return walk(
-      arrays_of<R, kStates>(t, c, slot, true), begin,
+      arrays_of<R, kStates, kHeld>(t, c, slot, true), begin,
       end, [&](char* const* data, int64_t i, int64_t element) __attribute__((always_inline)) {
         V s[R::kStates];
         for (V& unused : s) unused = constant<V>(0);
         for (int k = 0; k < kStates; ++k)
-          if constexpr (S::kAny)
-            s[k] = load_state<R, V>(t, k, data[kState + k], i, element);
-          else
-            s[k] = load_wide<V>(data[kState + k], i);
-        const int64_t kept = step_lanes<R, kStates>(t, c, slot, data, i, element, s);
-        for (int k = 0; k < kStates; ++k)
-          if constexpr (S::kAny)
-            store_state(t, k, data[kState + k], i, s[k], c.random, element);
-          else
-            store_wide(data[kState + k], i, s[k]);
+          s[k] = load_state<kHeld, true, V>(data[kState + k], i, nullptr, element);
+        const int64_t kept =
+            step_lanes<R, kStates>(t, c, slot, data, i, element, s, [](const V*) {});
+        if constexpr (kHeld == StateKind::kBF16)
+          unrolled<(kStates + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
+            const U32 bits = random_bits<U32>(base[pair], element);
+            unrolled<2>([&](auto half) __attribute__((always_inline)) {
+              constexpr int k = 2 * pair + half;
+              if constexpr (k < kStates) store_bfloat_at_random<k>(data[kState + k], i, s[k], bits);
+            });
+          });
+        else
+          for (int k = 0; k < kStates; ++k) store_wide(data[kState + k], i, s[k]);
         return kept;
       });
 }
 
-/// int8 states: a block's scale is known only once all of it is updated.
-template <class R, int kStates>
-int64_t int8_pass(const StepTensor& t, const typename R::Constants& c, const AnySlot<F32>& slot,
+/// int8 states: a block's scale is known only once all of it is updated. The update leaves what is
+/// to be coded in memory that stays in the first cache.
+template <class R, int kStates, class S>
+int64_t int8_pass(const StepTensor& tensor, const typename R::Constants& constants, const S& slot,
                   int64_t begin, int64_t end) {
+  const StepTensor t = tensor;  // copies, which no store of the loop can touch
+  const typename R::Constants c = constants;
   return walk<kState + kStates, kStateBlock>(
-      arrays_of<R, kStates>(t, c, slot, true), begin, end,
-      [&](char* const* data, int64_t i, int64_t element) {
-        alignas(64) float fresh[kStates + 1][kStateBlock];
+      arrays_of<R, kStates, StateKind::kInt8>(t, c, slot, true), begin,
+      end, [&](char* const* data, int64_t i, int64_t element) __attribute__((always_inline)) {
+        alignas(64) float fresh[kStates][kStateBlock];
+        int exponents[kStates];
+        bool dirty = false;
+        unrolled<kStates>([&](auto k) {
+          exponents[k] = t.exponent[k][element / kStateBlock];
+          dirty |= holds_nonfinite<R::is_signed(k)>(data[kState + k] + i);
+        });
         int64_t kept = 0;
-        const int64_t count = end - element < kStateBlock ? end - element : kStateBlock;
-        for (int64_t j = 0; j < count; j += kLanes) {
+        for (int64_t j = 0; j < kStateBlock; j += kLanes) {
           F32 s[R::kStates];
           for (F32& unused : s) unused = constant<F32>(0);
-          for (int k = 0; k < kStates; ++k)
-            s[k] = load_state<R, F32>(t, k, data[kState + k], i + j, element);
-          kept += step_lanes<R, kStates>(t, c, slot, data, i + j, element + j, s);
-          for (int k = 0; k < kStates; ++k) store_lanes(fresh[k] + j, s[k]);
+          unrolled<kStates>([&](auto k) __attribute__((always_inline)) {
+            constexpr bool kSigned = R::is_signed(k);
+            s[k] = load_coded<kSigned, true>(data[kState + k], i + j, exponents[k]);
+            if (__builtin_expect(dirty, 0))
+              s[k] = load_coded<kSigned>(data[kState + k], i + j, exponents[k]);
+          });
+          kept += step_lanes<R, kStates>(
+              t, c, slot, data, i + j, element + j,
+              s, [&](const F32* x) __attribute__((always_inline)) {
+                unrolled<kStates>([&](auto k) __attribute__((always_inline)) {
+                  store_lanes(fresh[k] + j, coded_value<R::is_signed(k)>(x[k]));
+                });
+              });
         }
-        for (int k = 0; k < kStates; ++k) {
-          auto* codes = reinterpret_cast<int8_t*>(data[kState + k]) + i;
-          int8_t* exponent = t.exponent[k] + element / kStateBlock;
-          const auto store = R::is_signed(k) ? store_block<true> : store_block<false>;
-          store(fresh[k], count, codes, exponent, c.random, uint32_t(k) + 1, element);
-        }
+        const int64_t count = end - element;
+        if (__builtin_expect(count < kStateBlock, 0))
+          for (auto& values : fresh)
+            for (int64_t j = count; j < kStateBlock; ++j) values[j] = 0;
+        Block blocks[kStates];
+        unrolled<kStates>([&](auto k) {
+          blocks[k] = scale_of<R::is_signed(k)>(fresh[k]);
+          t.exponent[k][element / kStateBlock] = int8_t(blocks[k].exponent);
+        });
+        alignas(64) uint32_t bits[kStateBlock];
+        unrolled<kStates>([&](auto k) {
+          if constexpr (k % 2 == 0)
+            fill_bits(bits, random_base(c.random, state_stream(k), element), element);
+          encode_block<R::is_signed(k), k>(fresh[k], bits, blocks[k],
+                                           reinterpret_cast<int8_t*>(data[kState + k]) + i);
+        });
         return kept;
       });
 }
@@ -141,21 +180,31 @@ auto with_states(const StepTensor& t, const Body& body) {
   return body(States<R::kStates>{});
 }
 
-template <class R>
-int64_t step(const StepTensor& t, const typename R::Constants& c, int64_t begin, int64_t end) {
+template <class R, StateKind kHeld, class S>
+int64_t step_in(const StepTensor& t, const typename R::Constants& c, const S& slot, int64_t begin,
+                int64_t end) {
   return with_states<R>(t, [&](auto states) {
     constexpr int kStates = decltype(states)::kCount;
+    constexpr StateKind kKept = kStates == 0 ? StateKind::kWide : kHeld;
+    if constexpr (kKept == StateKind::kInt8)
+      return int8_pass<R, kStates>(t, c, slot, begin, end);
+    else
+      return step_pass<R, kStates, kKept>(t, c, slot, begin, end);
+  });
+}
+
+template <class R>
+int64_t step(const StepTensor& t, const typename R::Constants& c, int64_t begin, int64_t end) {
+  return with_state_kind<F32>(t, [&](auto held) {
+    constexpr StateKind kHeld = held.value;
     int64_t kept = 0;
-    if (t.state_kind == StateKind::kWide && with_common_slot(t, [&](auto slot) {
-          kept = step_pass<R, kStates>(t, c, slot, begin, end);
-        }))
-      return kept;
-    return with_any_slot(t, c.random, [&](const auto& slot) {
-      if constexpr (sizeof(slot.load(nullptr, nullptr, 0)) == sizeof(F32))
-        if (kStates > 0 && t.state_kind == StateKind::kInt8)
-          return int8_pass<R, kStates>(t, c, slot, begin, end);
-      return step_pass<R, kStates>(t, c, slot, begin, end);
-    });
+    const auto run = [&](const auto& slot) { kept = step_in<R, kHeld>(t, c, slot, begin, end); };
+    if (with_common_slot<kHeld>(t, run)) return kept;
+    if constexpr (kHeld == StateKind::kWide)
+      with_any_slot(t, c.random, run);
+    else
+      run(AnySlot<F32>(t, c.random));
+    return kept;
   });
 }
 
@@ -172,21 +221,24 @@ Norms norms(const StepTensor& t, const typename R::Constants& c, int64_t begin, 
       else
         return to_double(x);
     };
-    walk(arrays_of<R, R::kStates>(t, c, slot, false), begin, end,
-         [&](char* const* data, int64_t i, int64_t element) {
-           V s[R::kStates], a, b;
-           for (int k = 0; k < R::kStates; ++k)
-             s[k] = load_state<R, V>(t, k, data[kState + k], i, element);
-           R::norms(c, load_any<V>(data[kGrad], t.grad_dtype, i),
-                    slot.load(data[kParam], data[kMaster], i), s, a, b);
-           if (element + kLanes > end) {  // eps = 0 makes 0 / 0 of the padding
-             a = first_lanes(a, end - element);
-             b = first_lanes(b, end - element);
-           }
-           a2 = fma(wide(a), wide(a), a2);
-           b2 = fma(wide(b), wide(b), b2);
-           return int64_t{0};
-         });
+    with_state_kind<V>(t, [&](auto held) {
+      walk(arrays_of<R, R::kStates, held.value>(t, c, slot, false), begin, end,
+           [&](char* const* data, int64_t i, int64_t element) {
+             V s[R::kStates], a, b;
+             for (int k = 0; k < R::kStates; ++k)
+               s[k] = load_signed_state<held.value, V>(R::is_signed(k), data[kState + k], i,
+                                                       t.exponent[k], element);
+             R::norms(c, load_any<V>(data[kGrad], t.grad_dtype, i),
+                      slot.load(data[kParam], data[kMaster], i), s, a, b);
+             if (element + kLanes > end) {  // eps = 0 makes 0 / 0 of the padding
+               a = first_lanes(a, end - element);
+               b = first_lanes(b, end - element);
+             }
+             a2 = fma(wide(a), wide(a), a2);
+             b2 = fma(wide(b), wide(b), b2);
+             return int64_t{0};
+           });
+    });
     return Norms{sum_lanes(a2), sum_lanes(b2)};
   });
 }
@@ -229,7 +281,7 @@ int64_t write_masters(const StepTensor& tensor, const void* values, int64_t begi
       V x = load_wide<V>(data[2], i);
       int64_t leaving = 0;
       if (slot.sixteen()) {
-        const auto leaves = slot.leaves_range(x);
+        const auto leaves = abs(x) >= broadcast<V>(slot.limit());
         leaving = count(leaves);
         if (leaving > 0) keep(leaves, x, slot.load(data[0], data[1], i));
       }
@@ -282,35 +334,43 @@ int64_t refresh_masters(const StepTensor& tensor, bool dry_run, int64_t begin, i
 /// Values of an int8 or BF16 state in FP32, and back. A state is positive or signed (`is_signed`).
 void read_state(const StepTensor& t, bool is_signed, void* values, int64_t begin, int64_t end) {
   Arrays<2> arrays = {};
-  arrays.set(0, t.state[0], state_size(t, 4), false);
+  arrays.set(0, t.state[0], state_size(t.state_kind, 4), false);
   arrays.set(1, values, 4, true);
-  walk(arrays, begin, end, [&](char* const* data, int64_t i, int64_t element) {
-    store_wide(data[1], i,
-               is_signed ? load_state<SgdRule, F32>(t, 0, data[0], i, element)
-                         : load_state<AdagradRule, F32>(t, 0, data[0], i, element));
-    return int64_t{0};
+  with_state_kind<F32>(t, [&](auto held) {
+    walk(arrays, begin, end, [&](char* const* data, int64_t i, int64_t element) {
+      store_wide(data[1], i,
+                 load_signed_state<held.value, F32>(is_signed, data[0], i, t.exponent[0], element));
+      return int64_t{0};
+    });
   });
 }
 
 void write_state(const StepTensor& t, bool is_signed, const void* values, uint32_t key,
                  int64_t begin, int64_t end) {
   Arrays<2> arrays = {};
-  arrays.set(0, t.state[0], state_size(t, 4), true);
+  arrays.set(0, t.state[0], state_size(t.state_kind, 4), true);
   arrays.set(1, values, 4, false);
+  const uint32_t base = random_base(key, state_stream(0), begin);
   if (t.state_kind != StateKind::kInt8) {
     walk(arrays, begin, end, [&](char* const* data, int64_t i, int64_t element) {
-      store_state(t, 0, data[0], i, load_wide<F32>(data[1], i), key, element);
+      store_bfloat_at_random<0>(data[0], i, quiet(load_wide<F32>(data[1], i)),
+                                random_bits<U32>(base, element));
       return int64_t{0};
     });
     return;
   }
   walk<2, kStateBlock>(arrays, begin, end, [&](char* const* data, int64_t i, int64_t element) {
-    alignas(64) float fresh[kStateBlock];
-    __builtin_memcpy(fresh, data[1] + 4 * i, sizeof(fresh));
-    const int64_t count = end - element < kStateBlock ? end - element : kStateBlock;
-    const auto store = is_signed ? store_block<true> : store_block<false>;
-    store(fresh, count, reinterpret_cast<int8_t*>(data[0]) + i,
-          t.exponent[0] + element / kStateBlock, key, 1, element);
+    alignas(64) float coded[kStateBlock];
+    alignas(64) uint32_t bits[kStateBlock];
+    for (int64_t j = 0; j < kStateBlock; j += kLanes) {
+      const F32 x = load_wide<F32>(data[1], i + j);
+      store_lanes(coded + j, is_signed ? coded_value<true>(x) : coded_value<false>(x));
+    }
+    fill_bits(bits, base, element);
+    const Block block = is_signed ? scale_of<true>(coded) : scale_of<false>(coded);
+    t.exponent[0][element / kStateBlock] = int8_t(block.exponent);
+    const auto encode = is_signed ? encode_block<true, 0> : encode_block<false, 0>;
+    encode(coded, bits, block, reinterpret_cast<int8_t*>(data[0]) + i);
     return int64_t{0};
   });
 }

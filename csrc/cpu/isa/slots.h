@@ -70,22 +70,22 @@ struct Slot {
     }
   }
 
-  /// Lanes whose 16-bit weight would be infinite; NaN lanes are not among them.
-  HALFSTEP_FN static auto leaves_range(const V& x) {
-    return abs(x) >= broadcast<V>(T(kParam == Dtype::kF16 ? kHalfLimit : kBfloatLimit));
-  }
+  /// From here on a 16-bit weight would be infinite.
+  static constexpr T limit() { return kParam == Dtype::kF16 ? kHalfLimit : kBfloatLimit; }
 
+  /// kNoNan: there is no NaN in x.
+  template <bool kNoNan = false>
   HALFSTEP_FN static void store(char* param, char* master, int64_t i, const V& x, int64_t = 0) {
     auto* bits = reinterpret_cast<uint16_t*>(param) + i;
     if constexpr (kMaster == MasterKind::kSplit16) {
       auto* remainder = reinterpret_cast<int16_t*>(master) + i;
       if constexpr (kParam == Dtype::kF16) {
         store_half(bits, x);
-        store_int16(remainder, remainder_half(x, load_half(bits)));
+        store_int16(remainder, remainder_half<kNoNan>(x, load_half(bits)));
       } else {
-        const I32 h = bfloat_away(x);
+        const I32 h = bfloat_away<kNoNan>(x);
         store_int16(reinterpret_cast<int16_t*>(bits), h);
-        store_int16(remainder, remainder_bfloat(x, h));
+        store_int16(remainder, remainder_bfloat<kNoNan>(x, h));
       }
     } else {
       if constexpr (kMaster == MasterKind::kF32 || kMaster == MasterKind::kF64)
@@ -123,11 +123,7 @@ struct AnySlot {
   bool sixteen() const { return dtype == Dtype::kF16 || dtype == Dtype::kBF16; }
   int64_t param_size() const { return dtype_size(dtype); }
   int64_t master_size() const { return size_of_master(kind); }
-  HALFSTEP_FN auto leaves_range(const V& x) const {
-    return abs(x) >= constant<V>(dtype == Dtype::kF16    ? double(kHalfLimit)
-                                 : dtype == Dtype::kBF16 ? double(kBfloatLimit)
-                                                         : __builtin_inf());
-  }
+  T limit() const { return dtype == Dtype::kF16 ? kHalfLimit : kBfloatLimit; }
 
   V load(const char* param, const char* master, int64_t i) const {
     if (kind == MasterKind::kF32) return widen<V>(load_lanes((const float*)master + i));
@@ -152,6 +148,7 @@ struct AnySlot {
   }
 
   /// `element`: position of i in the tensor, which i is not in a padded copy.
+  template <bool = false>
   void store(char* param, char* master, int64_t i, const V& x, int64_t element = 0) const {
     if constexpr (sizeof(T) == 8) {
       if (kind == MasterKind::kF64) store_lanes((double*)master + i, x);
@@ -164,7 +161,7 @@ struct AnySlot {
         case MasterKind::kKahan:
           return store_kahan(param, master, i, x);
         case MasterKind::kStochastic: {
-          const auto random = random_bits<V>(key, 0, element);
+          const U32 random = random_bits<U32>(random_base(key, kWeightStream, element), element);
           return store_param(param, i,
                              dtype == Dtype::kF16 ? round_half_at_random(x, random)
                                                   : round_bfloat_at_random(x, random));
@@ -247,29 +244,24 @@ auto with_any_slot(const StepTensor& tensor, uint32_t key, const Body& body) {
 }
 
 /// Calls `body(Slot)` for the combinations that most training runs in, and returns true; false for
-/// the others, which AnySlot serves.
-template <class Body>
-bool with_common_slot(const StepTensor& tensor, const Body& body) {
-  switch (tensor.param_dtype) {
-    case Dtype::kF16:
-      if (tensor.master_kind == MasterKind::kSplit16)
-        return body(Slot<F32, Dtype::kF16, MasterKind::kSplit16>{}), true;
-      if (tensor.master_kind == MasterKind::kF32)
-        return body(Slot<F32, Dtype::kF16, MasterKind::kF32>{}), true;
-      if (tensor.master_kind == MasterKind::kNone)
-        return body(Slot<F32, Dtype::kF16, MasterKind::kNone>{}), true;
-      return false;
-    case Dtype::kBF16:
-      if (tensor.master_kind == MasterKind::kNone)
-        return body(Slot<F32, Dtype::kBF16, MasterKind::kNone>{}), true;
-      if (tensor.master_kind != MasterKind::kSplit16) return false;
-      return body(Slot<F32, Dtype::kBF16, MasterKind::kSplit16>{}), true;
-    case Dtype::kF32:
-      if (tensor.master_kind != MasterKind::kNone) return false;
-      return body(Slot<F32, Dtype::kF32, MasterKind::kNone>{}), true;
-    default:
-      return false;
+/// the others, which AnySlot serves. Beside narrow states those with split16.
+template <StateKind kHeld, class Body>
+HALFSTEP_FN bool with_common_slot(const StepTensor& tensor, const Body& body) {
+  const Dtype dtype = tensor.param_dtype;
+  const MasterKind kind = tensor.master_kind;
+  if (kind == MasterKind::kSplit16) {
+    if (dtype == Dtype::kF16) return body(Slot<F32, Dtype::kF16, MasterKind::kSplit16>()), true;
+    return body(Slot<F32, Dtype::kBF16, MasterKind::kSplit16>()), true;
   }
+  if constexpr (kHeld == StateKind::kWide) {
+    if (dtype == Dtype::kF16 && kind == MasterKind::kF32)
+      return body(Slot<F32, Dtype::kF16, MasterKind::kF32>()), true;
+    if (kind != MasterKind::kNone) return false;
+    if (dtype == Dtype::kF16) return body(Slot<F32, Dtype::kF16, MasterKind::kNone>()), true;
+    if (dtype == Dtype::kBF16) return body(Slot<F32, Dtype::kBF16, MasterKind::kNone>()), true;
+    if (dtype == Dtype::kF32) return body(Slot<F32, Dtype::kF32, MasterKind::kNone>()), true;
+  }
+  return false;
 }
 
 /// Arrays that one pass walks together. An absent array has size 0 and is never touched.

@@ -2,9 +2,21 @@
 
 // Optimizer states as sixteen lanes of the compute type, whatever they are held in.
 
+#include <type_traits>
+#include <utility>
+
 #include "slots.h"
 
 namespace halfstep::cpu::inline HALFSTEP_ISA {
+
+/// body(std::integral_constant<int, k>()) for k = 0 … kCount - 1.
+template <int kCount, class Body>
+HALFSTEP_FN void unrolled(const Body& body) {
+  [&]<int... k>(std::integer_sequence<int, k...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, k>()), ...);
+  }
+  (std::make_integer_sequence<int, kCount>());
+}
 
 /// Sixteen FP64 lanes added as ((0+8)+(4+12))+…: one tree on every instruction set.
 inline double sum_lanes(const F64& lanes) {
@@ -24,10 +36,8 @@ V first_lanes(const V& x, int64_t count) {
   return load_lanes(lanes);
 }
 
-HALFSTEP_FN int64_t state_size(const StepTensor& tensor, int64_t compute_size) {
-  return tensor.state_kind == StateKind::kWide   ? compute_size
-         : tensor.state_kind == StateKind::kBF16 ? 2
-                                                 : 1;
+constexpr int64_t state_size(StateKind kind, int64_t compute_size) {
+  return kind == StateKind::kWide ? compute_size : kind == StateKind::kBF16 ? 2 : 1;
 }
 
 template <class V>
@@ -39,55 +49,111 @@ HALFSTEP_FN void store_wide(char* state, int64_t i, const V& x) {
   store_lanes(reinterpret_cast<typename Traits<V>::Scalar*>(state) + i, x);
 }
 
-/// State s of sixteen elements; `element` is where they lie in the tensor.
-template <class R, class V>
-V load_state(const StepTensor& t, int s, const char* data, int64_t i, int64_t element) {
+/// Calls body(std::integral_constant<StateKind, …>) with how the states of `t` are held, which are
+/// narrow only beside an update in FP32.
+template <class V, class Body>
+HALFSTEP_FN auto with_state_kind(const StepTensor& t, const Body& body) {
   if constexpr (sizeof(V) == sizeof(F32)) {
     if (t.state_kind == StateKind::kBF16)
-      return load_bfloat(reinterpret_cast<const uint16_t*>(data) + i);
-    if (t.state_kind == StateKind::kInt8) {
-      const I32 codes = load_int8(reinterpret_cast<const int8_t*>(data) + i);
-      const int exponent = t.exponent[s][element / kStateBlock];
-      return R::is_signed(s) ? decode_state<true, V>(codes, exponent)
-                             : decode_state<false, V>(codes, exponent);
-    }
+      return body(std::integral_constant<StateKind, StateKind::kBF16>());
+    if (t.state_kind == StateKind::kInt8)
+      return body(std::integral_constant<StateKind, StateKind::kInt8>());
   }
-  return load_wide<V>(data, i);
+  return body(std::integral_constant<StateKind, StateKind::kWide>());
 }
 
-/// For states that are stored sixteen elements at a time; `key` as in StepConstants.
-template <class V>
-void store_state(const StepTensor& t, int s, char* data, int64_t i, const V& x, uint32_t key,
-                 int64_t element) {
-  if constexpr (sizeof(V) == sizeof(F32)) {
-    if (t.state_kind == StateKind::kBF16) {
-      const auto random = random_bits<V>(key, uint32_t(s) + 1, element);
-      return store_bfloat(reinterpret_cast<uint16_t*>(data) + i, round_bfloat_at_random(x, random));
-    }
-  }
-  store_wide(data, i, x);
+template <bool kSigned, bool kFinite = false>
+HALFSTEP_FN F32 load_coded(const char* codes, int64_t i, int exponent) {
+  if constexpr (kSigned)
+    return decode_state<true, kFinite, F32>(load_int8((const int8_t*)codes + i), exponent);
+  else
+    return decode_state<false, kFinite, F32>(load_uint8((const uint8_t*)codes + i), exponent);
 }
 
-/// Codes and scale of one block of an int8 state: `count` of `fresh` are elements of the tensor.
+/// Sixteen elements of a state; `exponents` of an int8 one, `element`: where they lie in the
+/// tensor.
+template <StateKind kHeld, bool kSigned, class V>
+HALFSTEP_FN V load_state(const char* data, int64_t i, const int8_t* exponents, int64_t element) {
+  if constexpr (kHeld == StateKind::kBF16)
+    return load_bfloat(reinterpret_cast<const uint16_t*>(data) + i);
+  else if constexpr (kHeld == StateKind::kInt8)
+    return load_coded<kSigned>(data, i, exponents[element / kStateBlock]);
+  else
+    return load_wide<V>(data, i);
+}
+
+/// The same where the sign is known at run time only.
+template <StateKind kHeld, class V>
+HALFSTEP_FN V load_signed_state(bool is_signed, const char* data, int64_t i,
+                                const int8_t* exponents, int64_t element) {
+  return is_signed ? load_state<kHeld, true, V>(data, i, exponents, element)
+                   : load_state<kHeld, false, V>(data, i, exponents, element);
+}
+
+/// State k, held in BF16; `bits` from random_bits().
+template <int k>
+HALFSTEP_FN void store_bfloat_at_random(char* data, int64_t i, const F32& x, const U32& bits) {
+  store_int16(reinterpret_cast<int16_t*>(data) + i, bfloat_at_random(x, state_dice(k, bits)));
+}
+
+/// Whether one of a block's codes stands for a non-finite value.
 template <bool kSigned>
-void store_block(float* fresh, int64_t count, int8_t* codes, int8_t* exponent, uint32_t key,
-                 uint32_t stream, int64_t element) {
-  for (int64_t i = count; i < kStateBlock; ++i) fresh[i] = 0;
-  F32 largest = broadcast<F32>(0);
+HALFSTEP_FN bool holds_nonfinite(const char* codes) {
+  const auto code = int8_t(kSigned ? -128 : 255);
+  static_assert(kStateBlock == 2 * 64);
+  return holds_byte(codes, code) | holds_byte(codes + 64, code);
+}
+
+/// Random bits of a block's elements, for every state that shares them.
+HALFSTEP_FN void fill_bits(uint32_t* bits, uint32_t base, int64_t element) {
+  for (int64_t i = 0; i < kStateBlock; i += kLanes)
+    store_lanes(bits + i, random_bits<U32>(base, element + i));
+}
+
+/// The scale of a block, and whether all of it is finite.
+struct Block {
+  int exponent;
+  bool finite;
+};
+/// `values`: coded_value() of a block's elements, 0 of those that do not exist.
+template <bool kSigned>
+HALFSTEP_FN Block scale_of(const float* values) {
+  constexpr uint32_t kInfinity = 0x7f800000;
+  U32 top = broadcast<U32>(0);
   for (int64_t i = 0; i < kStateBlock; i += kLanes) {
-    const F32 size = coded_size<kSigned>(load_lanes(fresh + i));
-    largest = select(size >= largest, size, largest);
+    const F32 y = load_lanes(values + i);  // a root has no sign; a NaN's is above infinity too
+    top = max(top, as_unsigned(to_bits(kSigned ? abs(y) : y)));
   }
-  float lanes[kLanes];
-  store_lanes(lanes, largest);
-  float top = 0;
-  for (const float lane : lanes) top = lane > top ? lane : top;
-  const int scale = scale_exponent(top, kSigned ? kSignedTop : kUnsignedTop);
-  *exponent = int8_t(scale);
-  for (int64_t i = 0; i < kStateBlock; i += kLanes) {
-    const auto random = random_bits<F32>(key, stream, element + i);
-    store_int8(codes + i, encode_state<kSigned>(load_lanes(fresh + i), scale, random));
+  const uint32_t largest = max_lane(top);
+  if (__builtin_expect(largest < kInfinity, 1))
+    return {scale_exponent<kSigned>(int32_t(largest)), true};
+  top = broadcast<U32>(0);
+  for (int64_t i = 0; i < kStateBlock; i += kLanes)
+    top = max(top, as_unsigned(size_bits(load_lanes(values + i))));
+  return {scale_exponent<kSigned>(int32_t(max_lane(top))), false};
+}
+
+/// Codes of a block of state k.
+template <bool kSigned, int k, bool kFinite>
+HALFSTEP_FN void encode_groups(const float* values, const uint32_t* bits, int exponent,
+                               int8_t* codes) {
+  for (int64_t i = 0; i < kStateBlock; i += 64) {
+    I32 group[4];
+    for (int64_t g = 0; g < 4; ++g) {
+      const U32 dice = state_dice(k, load_lanes(bits + i + g * kLanes));
+      group[g] =
+          encode_state<kSigned, kFinite>(load_lanes(values + i + g * kLanes), exponent, dice);
+    }
+    store_codes<kSigned>(codes + i, group);
   }
+}
+template <bool kSigned, int k>
+HALFSTEP_FN void encode_block(const float* values, const uint32_t* bits, const Block& block,
+                              int8_t* codes) {
+  if (__builtin_expect(block.finite, 1))
+    encode_groups<kSigned, k, true>(values, bits, block.exponent, codes);
+  else
+    encode_groups<kSigned, k, false>(values, bits, block.exponent, codes);
 }
 
 }  // namespace halfstep::cpu::inline HALFSTEP_ISA
