@@ -1,0 +1,157 @@
+"""`halfstep explain` and `halfstep size`: what each layer computes, accumulates and stores in, and where every byte is."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+_SHORT = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32", torch.float64: "FP64"}
+_CASTS = {"aten::_to_copy"}
+
+
+def short(dtype):
+    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+
+
+@dataclass
+class Layer:
+    """What one module did itself, its children apart."""
+
+    name: str
+    kind: str
+    stored: set = field(default_factory=set)      #: dtypes of its own parameters
+    computes: set = field(default_factory=set)    #: dtypes that its products and other ops read
+    gives: set = field(default_factory=set)       #: dtypes of its outputs
+    casts: int = 0                                #: tensors changed from one floating dtype to another
+    cast_bytes: int = 0                           #: read and written by them
+    flops: dict = field(default_factory=lambda: defaultdict(int))  #: {dtype: operations} of products, forward
+    backward_flops: dict = field(default_factory=lambda: defaultdict(int))
+
+    @property
+    def accumulates(self):
+        """FP32 for 16-bit products, on the CPU and in the tensor cores; else the dtype itself."""
+        return {torch.float32 if d in (torch.float16, torch.bfloat16) else d for d in self.flops}
+
+
+def _floats(value):
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, (list, tuple)):
+        return [t for item in value for t in _floats(item)]
+    if isinstance(value, dict):
+        return [t for item in value.values() for t in _floats(item)]
+    return []
+
+
+def _halfstep_flops(name, args):
+    """Products inside our own ops, which torch's table does not know."""
+    if name == "halfstep::linear":
+        x, w = args[:2]
+        return 2 * x.numel() * w.shape[0]
+    if name == "halfstep::linear_backward":
+        tensors = [t for t in _floats(args) if t.dim() >= 2]
+        w = min(tensors, key=lambda t: t.numel())
+        return 4 * tensors[0].numel() * w.shape[-1]
+    return 0
+
+
+class Watch(TorchDispatchMode):
+    """Sees every op of a forward and backward, and to which module it belongs."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.layers = {name: Layer(name, type(module).__name__, {p.dtype for p in module._parameters.values() if p is not None and p.is_floating_point()})
+                       for name, module in model.named_modules()}
+        self._stack, self._handles, self._model = [], [], model
+
+    def __enter__(self):
+        for name, module in self._model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(lambda m, args, name=name: self._stack.append(name), prepend=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for handle in self._handles:
+            handle.remove()
+        return super().__exit__(*error)
+
+    def _leave(self, module, args, output):
+        if self._stack:
+            self.layers[self._stack.pop()].gives.update(t.dtype for t in _floats(output))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        layer = self.layers[self._stack[-1] if self._stack else ""]
+        name, packet = func._schema.name, func._overloadpacket
+        read = _floats(args)
+        flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out) if packet in flop_registry else _halfstep_flops(name, args)
+        if flops:
+            backward = torch._C._current_autograd_node() is not None
+            (layer.backward_flops if backward else layer.flops)[read[0].dtype] += flops
+        if name in _CASTS and read and isinstance(out, torch.Tensor) and out.is_floating_point() and out.dtype != read[0].dtype:
+            layer.casts += 1
+            layer.cast_bytes += read[0].nbytes + out.nbytes
+        elif read and self._stack:
+            layer.computes.update(t.dtype for t in read)
+        return out
+
+
+def _names(dtypes):
+    return "+".join(sorted(short(d) for d in dtypes)) or "–"
+
+
+def _rows(title, rows):
+    widths = [max(len(str(row[i])) for row in [title, *rows]) for i in range(len(title))]
+    line = lambda row: "  ".join(str(cell).ljust(w) if i == 0 else str(cell).rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+    return "\n".join(line(row) for row in [title, *rows])
+
+
+def amount(value, unit="B"):
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000:
+            return f"{value:.0f} {prefix}{unit}" if prefix == "" else f"{value:.1f} {prefix}{unit}"
+        value /= 1000
+    return f"{value:.1f} P{unit}"
+
+
+def iteration(arm, job, batch):
+    """Forward, loss and backward of one batch, as compare trains."""
+    with arm.autocast():
+        loss = job.loss(job.model, batch)
+    return loss
+
+
+def explain_table(layers):
+    """One line a module that has parameters or products: dtypes of weights, of what it computes with, of sums and of its output, and its casts."""
+    shown = [layer for layer in layers.values() if layer.stored or layer.flops]
+    rows = [(layer.name or "(model)", layer.kind, _names(layer.stored), _names(set(layer.flops) or layer.computes), _names(layer.accumulates), _names(layer.gives), layer.casts, amount(layer.cast_bytes))
+            for layer in shown]
+    return _rows(("layer", "kind", "weights", "computes", "sums", "gives", "casts", "cast bytes"), rows)
+
+
+def watch(arm, job):
+    """{module path: Layer} of one forward and backward on the first batch, and the loss."""
+    batches = job.batches(0) if callable(job.batches) else job.batches
+    batch = next(iter(batches))
+    with Watch(job.model) as seen:
+        loss = iteration(arm, job, batch)
+        (loss * 1.0).backward()
+    return seen.layers, loss
+
+
+def activation_bytes(arm, job, batch):
+    """Bytes that autograd keeps between forward and backward, each storage once, the model's own tensors apart."""
+    own = {t.untyped_storage().data_ptr() for t in [*job.model.parameters(), *job.model.buffers()]}
+    seen = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        iteration(arm, job, batch)
+    return sum(seen.values())
