@@ -85,6 +85,7 @@ struct Row {
     } else if (mask.stride == 1) {
       a = read_floats<T, kGroup>(mask.data, mask.dtype, i, lanes);
     } else {
+      HALFSTEP_UNROLL
       for (int k = 0; k < kGroup; ++k)
         if (k < lanes) a.x[k] = added_one((i + k) * mask.stride);
     }
