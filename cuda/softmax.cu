@@ -75,7 +75,7 @@ struct Row {
   HALFSTEP_FN int present(int64_t i) const { return lanes(i, length); }
 
   /// What is added to the elements at i: 0 or -inf where the mask is bool.
-  __device__ Group<T, kGroup> added(int64_t i, int lanes) const {
+  HALFSTEP_FN Group<T, kGroup> added(int64_t i, int lanes) const {
     Group<T, kGroup> a = {};
     const T none = -T(__builtin_inf());
     if (mask.is_bool && mask.stride == 1) {
@@ -92,13 +92,19 @@ struct Row {
     return a;
   }
 
-  /// x where there is no mask, else scale x + mask.
-  __device__ Group<T, kGroup> logits(int64_t i, int lanes) const {
+  /// x where there is no mask, else scale x + mask; bit k of `taking` says that element k takes
+  /// part.
+  HALFSTEP_FN Group<T, kGroup> logits(int64_t i, uint32_t& taking) const {
+    const int lanes = taking_part(i);
+    taking = (1u << lanes) - 1;
     auto v = read_floats<T, kGroup>(x, dtype, i, lanes);
     if (mask.data) {
       const auto a = added(i, lanes);
       HALFSTEP_UNROLL
-      for (int k = 0; k < kGroup; ++k) v.x[k] = math::masked_logit(v.x[k], scale, a.x[k]);
+      for (int k = 0; k < kGroup; ++k) {
+        if (a.x[k] == -T(__builtin_inf())) taking &= ~(1u << k);
+        v.x[k] = math::masked_logit(v.x[k], scale, a.x[k]);
+      }
     }
     return v;
   }
@@ -111,17 +117,12 @@ struct Row {
   }
 
   /// e / total; a row that is not ordinary is NaN where an element takes part.
-  __device__ void write_shares(int64_t i, Group<T, kGroup> e, bool ordinary,
-                               const math::Inverse<T>& inverse) const {
-    if (ordinary) {
-      HALFSTEP_UNROLL
-      for (int k = 0; k < kGroup; ++k) e.x[k] = math::softmax_share(e.x[k], inverse);
-    } else {
-      const int lanes = taking_part(i);
-      const auto a = mask.data ? added(i, lanes) : Group<T, kGroup>();
-      HALFSTEP_UNROLL
-      for (int k = 0; k < kGroup; ++k)
-        e.x[k] = k >= lanes || a.x[k] == -T(__builtin_inf()) ? T(0) : T(__builtin_nan(""));
+  HALFSTEP_FN void write_shares(int64_t i, Group<T, kGroup> e, uint32_t taking, bool ordinary,
+                                const math::Inverse<T>& inverse) const {
+    HALFSTEP_UNROLL
+    for (int k = 0; k < kGroup; ++k) {
+      const T share = ordinary ? math::softmax_share(e.x[k], inverse) : T(__builtin_nan(""));
+      e.x[k] = taking >> k & 1 ? share : T(0);
     }
     write_floats<T, kGroup>(out, dtype, i, present(i), e);
   }
@@ -130,7 +131,7 @@ struct Row {
   HALFSTEP_FN static int lanes(int64_t i, int64_t end) {
     return end - i >= kGroup ? kGroup : end > i ? int(end - i) : 0;
   }
-  __device__ T added_one(int64_t at) const {
+  HALFSTEP_FN T added_one(int64_t at) const {
     const T none = -T(__builtin_inf());
     if (mask.is_bool) return read(static_cast<const uint8_t*>(mask.data) + at) ? T(0) : none;
     const char* from = static_cast<const char*>(mask.data) + at * math::dtype_size(mask.dtype);
@@ -157,28 +158,25 @@ template <class T, int kRowThreads, int kGroups>
 __global__ void __launch_bounds__(kThreads) forward_held(SoftmaxRows all) {
   for_each_row<kRowThreads, T>(all, [](const Row<T>& row, int thread, double* shared) {
     Group<T, kGroup> e[kGroups];
+    uint32_t taking[kGroups];
     T largest = -T(__builtin_inf());
     HALFSTEP_UNROLL
     for (int g = 0; g < kGroups; ++g) {
-      const int64_t i = int64_t(g * kRowThreads + thread) * kGroup;
-      const int lanes = row.taking_part(i);
-      e[g] = row.logits(i, lanes);
+      e[g] = row.logits(int64_t(g * kRowThreads + thread) * kGroup, taking[g]);
       HALFSTEP_UNROLL
       for (int k = 0; k < kGroup; ++k) {
         const T s = e[g].x[k] * row.factor();
-        if (k < lanes && s >= largest) largest = s;
+        if ((taking[g] >> k & 1) && s >= largest) largest = s;
       }
     }
     const T top = T(reduce_row<kRowThreads>(double(largest), Larger(), shared));
     double sum = 0;
     HALFSTEP_UNROLL
     for (int g = 0; g < kGroups; ++g) {
-      const int64_t i = int64_t(g * kRowThreads + thread) * kGroup;
-      const int lanes = row.taking_part(i);
       T partial = 0;
       HALFSTEP_UNROLL
       for (int k = 0; k < kGroup; ++k) {
-        e[g].x[k] = k < lanes ? row.exponential(e[g].x[k], top) : T(0);
+        e[g].x[k] = taking[g] >> k & 1 ? row.exponential(e[g].x[k], top) : T(0);
         partial += e[g].x[k];
       }
       sum += double(partial);
@@ -189,7 +187,7 @@ __global__ void __launch_bounds__(kThreads) forward_held(SoftmaxRows all) {
     HALFSTEP_UNROLL
     for (int g = 0; g < kGroups; ++g) {
       const int64_t i = int64_t(g * kRowThreads + thread) * kGroup;
-      if (row.present(i) > 0) row.write_shares(i, e[g], ordinary, inverse);
+      if (row.present(i) > 0) row.write_shares(i, e[g], taking[g], ordinary, inverse);
     }
   });
 }
@@ -201,19 +199,19 @@ __global__ void __launch_bounds__(kThreads) forward_streamed(SoftmaxRows all) {
     constexpr int kStride = kThreads * kGroup;
     T largest = none;
     double sum = 0;
+    uint32_t taking;
     for (int64_t i = int64_t(thread) * kGroup; i < row.count; i += kStride) {
-      const int lanes = row.taking_part(i);
-      const auto v = row.logits(i, lanes);
+      const auto v = row.logits(i, taking);
       T top = largest;
       HALFSTEP_UNROLL
       for (int k = 0; k < kGroup; ++k) {
         const T s = v.x[k] * row.factor();
-        if (k < lanes && s >= top) top = s;
+        if ((taking >> k & 1) && s >= top) top = s;
       }
       T partial = 0;
       HALFSTEP_UNROLL
       for (int k = 0; k < kGroup; ++k) {
-        const bool counts = k < lanes && v.x[k] * row.factor() != none;
+        const bool counts = (taking >> k & 1) && v.x[k] * row.factor() != none;
         partial += counts ? row.exponential(v.x[k], top) : T(0);
       }
       sum = (largest == top ? sum : sum * double(math::exp(largest - top))) + double(partial);
@@ -225,11 +223,11 @@ __global__ void __launch_bounds__(kThreads) forward_streamed(SoftmaxRows all) {
     const bool ordinary = is_ordinary(total);
     const math::Inverse<T> inverse(total);
     for (int64_t i = int64_t(thread) * kGroup; i < row.length; i += kStride) {
-      const int lanes = row.taking_part(i);
-      auto e = row.logits(i, lanes);
+      auto e = row.logits(i, taking);
       HALFSTEP_UNROLL
-      for (int k = 0; k < kGroup; ++k) e.x[k] = k < lanes ? row.exponential(e.x[k], top) : T(0);
-      row.write_shares(i, e, ordinary, inverse);
+      for (int k = 0; k < kGroup; ++k)
+        e.x[k] = taking >> k & 1 ? row.exponential(e.x[k], top) : T(0);
+      row.write_shares(i, e, taking, ordinary, inverse);
     }
   });
 }

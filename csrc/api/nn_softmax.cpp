@@ -6,7 +6,7 @@ namespace halfstep::nn {
 SoftmaxImpl::SoftmaxImpl(const SoftmaxOptions& options)
     : torch::nn::SoftmaxImpl(options), scale(options.scale()), causal(options.causal()) {}
 
-at::Tensor SoftmaxImpl::forward(const at::Tensor& x, const std::optional<at::Tensor>& mask) const {
+at::Tensor SoftmaxImpl::forward(const at::Tensor& x, const std::optional<at::Tensor>& mask) {
   return functional::softmax(x, options.dim(), scale, mask, causal);
 }
 

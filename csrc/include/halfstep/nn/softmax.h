@@ -19,7 +19,7 @@ class HALFSTEP_API SoftmaxImpl : public torch::nn::SoftmaxImpl {
  public:
   explicit SoftmaxImpl(const SoftmaxOptions& options);
   explicit SoftmaxImpl(int64_t dim) : SoftmaxImpl(SoftmaxOptions(dim)) {}
-  at::Tensor forward(const at::Tensor& x, const std::optional<at::Tensor>& mask = {}) const;
+  at::Tensor forward(const at::Tensor& x, const std::optional<at::Tensor>& mask = {});
   std::shared_ptr<torch::nn::Module> clone(
       const std::optional<torch::Device>& device = std::nullopt) const override;
   void pretty_print(std::ostream& stream) const override;
