@@ -67,9 +67,13 @@ std::string cpu_path() {
 
 namespace ops {
 
+bool has_product_unit(c10::ScalarType type) {
+  if (type != c10::kHalf && type != c10::kBFloat16) return true;
+  return type == c10::kHalf ? has_half_unit() : has_bfloat_unit();
+}
+
 bool widens_products(c10::ScalarType type) {
-  if (type != c10::kHalf && type != c10::kBFloat16) return false;
-  return overrides_enabled() && !(type == c10::kHalf ? has_half_unit() : has_bfloat_unit());
+  return overrides_enabled() && !has_product_unit(type);
 }
 
 bool widens_convolution(c10::ScalarType type) {

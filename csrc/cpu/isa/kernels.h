@@ -29,6 +29,8 @@ template <class Constants>
 using NormsKernel = Norms (*)(const StepTensor& tensor, const Constants& constants, int64_t begin,
                               int64_t end);
 
+struct LinearKernels;
+
 struct Kernels {
   const char* name;  ///< "default", "avx2", "avx512"
 
@@ -67,6 +69,8 @@ struct Kernels {
                      int64_t end);
   void (*write_state)(const StepTensor& tensor, bool is_signed, const void* values, uint32_t key,
                       int64_t begin, int64_t end);
+
+  const LinearKernels* linear;  ///< linear.h
 };
 
 extern const Kernels kKernelsDefault;

@@ -1,3 +1,4 @@
+#include "linear.h"
 #include "parts.h"
 
 namespace halfstep::cpu {
@@ -18,6 +19,7 @@ const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME,
                                 read_masters,
                                 refresh_masters,
                                 read_state,
-                                write_state};
+                                write_state,
+                                &kLinear};
 
 }  // namespace halfstep::cpu

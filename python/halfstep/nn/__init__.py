@@ -1,3 +1,5 @@
 """Layers under torch.nn's names: the same constructor, parameters and state dict, computed by torch.ops.halfstep."""
 
-__all__ = []
+from ._linear import MLP, Linear
+
+__all__ = ["MLP", "Linear"]
