@@ -49,7 +49,8 @@ def test_errors_are_those_of_stock_torch(device, activation, dtype, rows, k, n, 
     b = b if bias else None
     want = exact(x, w, b, dy, activation)
     for got, peer in zip(errors(everything(x, w, b, dy, activation), want), errors(stock(x, w, b, dy, activation), want)):
-        assert got <= max(1.01 * peer, torch.finfo(dtype).eps)
+        # In FP32 and FP64 both errors are those of sums in one order or another.
+        assert got <= max(1.01 * peer, torch.finfo(dtype).eps * (1 if dtype in SIXTEEN else 32))
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu_tanh", None])
