@@ -6,6 +6,7 @@
 
 #include "../csrc/math/activation.h"
 #include "../csrc/math/grads.h"
+#include "../csrc/math/linear.h"
 #include "../csrc/math/loss.h"
 #include "../csrc/math/optim.h"
 #include "../csrc/math/rope.h"
@@ -100,6 +101,35 @@ Status update_scale(float* scale, double* state, Scalar found_inf, const double*
 Status simulate_scale(const float* found_inf, int64_t steps, const double* policy,
                       const double* state, double* scales, Stream stream);
 Status init_scale_state(const double* policy, double* state, Stream stream);
+
+// ---- linear ------------------------------------------------------------------------------------
+/// Matrices are row-major and contiguous. product_dtype: float32, or y's dtype; then y may be the
+/// product. bias and saved (a mask or h in y_dtype, csrc/math/linear.h) may be null.
+struct EpilogueForward {
+  const void* product = nullptr;
+  const void* bias = nullptr;
+  void* y = nullptr;
+  void* saved = nullptr;
+  int64_t rows = 0, columns = 0;
+  math::Dtype product_dtype{}, bias_dtype{}, y_dtype{};
+  math::Activation activation{};
+};
+Status epilogue_forward(const EpilogueForward& work, Stream stream);
+
+/// dz (dtype) and sums ([ceil(rows / kBiasRows), columns] in the compute type) may be null.
+struct EpilogueBackward {
+  const void* dy = nullptr;
+  const void* saved = nullptr;
+  void* dz = nullptr;
+  void* sums = nullptr;
+  int64_t rows = 0, columns = 0;
+  math::Dtype dtype{};
+  math::Activation activation{};
+};
+Status epilogue_backward(const EpilogueBackward& work, Stream stream);
+/// The sum of the rows, added in FP64 and rounded once.
+Status add_rows(const void* sums, bool is_double, int64_t rows, int64_t columns, void* out,
+                math::Dtype dtype, Stream stream);
 
 // ---- optim -------------------------------------------------------------------------------------
 /// Per-parameter counters and the numbers that change with the step. control may be null.

@@ -233,6 +233,40 @@ def samples_rope():
 def samples_rope_():
     for args, kwargs in samples_rope():
         yield (args[0].detach().clone(), *args[1:]), kwargs
+def linear_operands(dtype):
+    for shape, n, bias in (((3, 4), 5, dtype), ((2, 3, 7), 1, None), ((0, 4), 3, dtype)):
+        yield torch.randn(shape).to(dtype), torch.randn(n, shape[-1]).to(dtype), None if bias is None else torch.randn(n).to(bias)
+    if dtype in (torch.float16, torch.bfloat16):
+        yield torch.randn(6, 4).to(dtype)[::2], torch.randn(4, 5).to(dtype).t(), torch.randn(5)
+
+
+def samples_linear():
+    for dtype in FLOATS:
+        for activation in (None, "relu", "gelu", "gelu_tanh"):
+            for x, w, b in linear_operands(dtype):
+                yield (x.requires_grad_(), w.requires_grad_(), b, activation), {}
+
+
+def samples_linear_forward():
+    for dtype in FLOATS:
+        for activation in (None, "relu", "gelu", "gelu_tanh"):
+            for x, w, b in linear_operands(dtype):
+                yield (x, w, b, activation), {}
+
+
+def samples_linear_backward():
+    for (x, w, b, activation), _ in samples_linear_forward():
+        y, saved = H.linear_forward(x, w, b, activation)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        yield (torch.randn_like(y), x, w, saved, activation, [True, True, b is not None], x.dtype, None if b is None else b.dtype), {}
+        yield (torch.randn_like(y), x, w, saved, activation, [False, True, False], wide, None), {}
+
+
+def samples_linear_wgrad_():
+    for dtype in FLOATS:
+        for x, w, _ in linear_operands(dtype):
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            yield (torch.randn(w.shape, dtype=wide), torch.randn(*x.shape[:-1], w.shape[0]).to(dtype), x), {}
 
 
 def step_samples(states, **numbers):

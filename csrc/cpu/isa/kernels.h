@@ -8,8 +8,8 @@
 
 #include "../../math/grads.h"
 #include "../../math/optim.h"
-#include "norm.h"
 #include "loss.h"
+#include "norm.h"
 
 namespace halfstep::cpu {
 
@@ -32,6 +32,7 @@ using NormsKernel = Norms (*)(const StepTensor& tensor, const Constants& constan
                               int64_t end);
 
 struct ActivationKernels;  // activation.h
+struct LinearKernels;
 struct RopeKernels;
 struct SoftmaxKernels;
 
@@ -79,6 +80,7 @@ struct Kernels {
   const SoftmaxKernels* softmax;  ///< softmax.h
   const RopeKernels* rope;        ///< rope.h
   const LossKernels* loss;
+  const LinearKernels* linear;  ///< linear.h
 };
 
 extern const Kernels kKernelsDefault;

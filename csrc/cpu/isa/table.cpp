@@ -1,4 +1,5 @@
 #include "activation.h"
+#include "linear.h"
 #include "parts.h"
 #include "rope.h"
 #include "softmax.h"
@@ -26,6 +27,7 @@ const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME,
                                 &kActivation,
                                 &kSoftmax,
                                 &kRope,
-                                &kLossKernels};
+                                &kLossKernels,
+                                &kLinear};
 
 }  // namespace halfstep::cpu

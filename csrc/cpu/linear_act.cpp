@@ -1,0 +1,361 @@
+// The ops linear, linear_forward, linear_backward and linear_wgrad_ on the CPU.
+//
+//   wide    FP32 products of tiles of rows: 16-bit operands are widened tile by tile, the product
+//           stays in the cache, and the epilogue (isa/linear.cpp) reads it there and rounds once.
+//           In the backward dz is never rounded at all, and both products use the same copy of it.
+//   narrow  16-bit products by oneDNN, where the CPU has the unit and one rounding is still all
+//   there
+//           is: no activation, ReLU (which commutes with rounding), and bfloat16, whose unit is
+//           four times quicker than FP32: there GELU sees h rounded to bfloat16, as it does in
+//           torch. In the backward dz is rounded once, before its products.
+//   Tests: tests/python/test_linear.py.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "../ops/gather.h"
+#include "../ops/linear.h"
+#include "../ops/overrides.h"
+#include "isa/kernels.h"
+#include "isa/linear.h"
+#include "wide.h"
+
+namespace halfstep::cpu {
+
+namespace {
+
+using ops::Gradients;
+using ops::OptionalName;
+using ops::OptionalTensor;
+
+at::ScalarType wide_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+bool is_sixteen(const at::Tensor& x) { return x.element_size() == 2; }
+
+at::Tensor as_rows(const at::Tensor& x) {
+  const int64_t columns = x.size(-1);
+  return x.reshape({ops::row_count(x).expect_int(), columns});
+}
+
+/// A matrix whose rows are contiguous, as a kernel sees it.
+Rows rows_of(const at::Tensor& matrix) {
+  return {matrix.data_ptr(), matrix.stride(0) * int64_t(matrix.element_size()),
+          matrix.scalar_type() == at::kByte ? Dtype::kF32 : ops::dtype_code(matrix.scalar_type())};
+}
+/// The same with row 0 moved, so that row `first` is where row 0 was.
+Rows starting_at(Rows rows, int64_t first) {
+  rows.data = rows.row(-first);
+  return rows;
+}
+
+/// Rows [begin, end) of a kernel on all threads, in pieces of whole blocks of rows.
+template <class Kernel, class Work>
+void run_rows(const Kernel& kernel, const Work& work, int64_t begin, int64_t end) {
+  const int64_t blocks = (end - begin + math::kBiasRows - 1) / math::kBiasRows;
+  const int64_t grain =
+      std::max<int64_t>(1, 8192 / (math::kBiasRows * std::max<int64_t>(work.columns, 1)));
+  at::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
+    kernel(work, begin + first * math::kBiasRows, std::min(end, begin + last * math::kBiasRows));
+  });
+}
+
+/// Operands in the compute type: 16-bit ones as copies in memory that is used for one tile after
+/// another, others as they are.
+class Operand {
+ public:
+  Operand(const at::Tensor& like, int64_t numel) {
+    if (is_sixteen(like)) wide_.emplace(numel);
+  }
+  at::Tensor operator()(const at::Tensor& piece) const { return wide_ ? (*wide_)(piece) : piece; }
+
+ private:
+  std::optional<Wide> wide_;
+};
+/// Memory for results in the compute type.
+class Room {
+ public:
+  Room(const at::Tensor& like, int64_t numel) {
+    if (wide_type(like) == at::kFloat)
+      wide_.emplace(numel);
+    else
+      memory_ = at::empty({numel}, like.options());
+  }
+  at::Tensor shaped(int64_t rows, int64_t columns) const {
+    if (wide_) return wide_->shaped({rows, columns});
+    return memory_.narrow(0, 0, rows * columns).view({rows, columns});
+  }
+
+ private:
+  std::optional<Wide> wide_;
+  at::Tensor memory_;
+};
+
+struct Tile {
+  int64_t rows, columns;
+};
+/// Tiles that keep product and operand near the cores (2 MiB each), and enough rows that packing
+/// the weight, which each product does, stays small beside it. Columns are cut only where an FP32
+/// copy of the weight would be large; the cuts lie on whole groups of a mask.
+Tile tile_of(int64_t m, int64_t n, int64_t k) {
+  constexpr int64_t kWeight = 4 * kPiece;
+  int64_t columns = n;
+  if (n * k > kWeight)
+    columns = (even_part(n, std::max<int64_t>(kWeight / k, 128)) + 127) / 128 * 128;
+  const int64_t most = std::max<int64_t>(kPiece / 2 / std::max<int64_t>({columns, k, 1}), 512);
+  const int64_t rows = even_part(m, most);
+  return {(rows + math::kBiasRows - 1) / math::kBiasRows * math::kBiasRows, columns};
+}
+
+// ---- forward -----------------------------------------------------------------------------------
+struct Forward {
+  at::Tensor y, saved;
+};
+
+/// Row 0 of columns from `column` on.
+Rows columns_from(Rows rows, int64_t column, int64_t element_size) {
+  if (rows) rows.data = static_cast<char*>(rows.data) + column * element_size;
+  return rows;
+}
+
+void forward_wide(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                  Activation activation, const at::Tensor& y, const at::Tensor& saved) {
+  const int64_t m = x.size(0), k = x.size(1), n = weight.size(0);
+  const Tile tile = tile_of(m, n, k);
+  const Operand wide_weight(weight, tile.columns * k), wide_x(x, tile.rows * k);
+  const Room room(x, tile.rows * tile.columns);
+  at::Tensor wide_bias;
+  if (bias) wide_bias = bias->to(wide_type(x)).contiguous();
+  for (int64_t j = 0; j < n; j += tile.columns) {
+    const int64_t columns = std::min(tile.columns, n - j);
+    const at::Tensor b = wide_weight(weight.narrow(0, j, columns)).t();
+    LinearForward work;
+    work.columns = columns;
+    work.activation = activation;
+    work.y = columns_from(rows_of(y), j, int64_t(y.element_size()));
+    if (bias) work.bias = static_cast<char*>(wide_bias.data_ptr()) + j * wide_bias.element_size();
+    if (saved.numel() != 0)
+      work.saved = saved.scalar_type() == at::kByte
+                       ? columns_from(rows_of(saved), j / 8, 1)
+                       : columns_from(rows_of(saved), j, int64_t(saved.element_size()));
+    for (int64_t i = 0; i < m; i += tile.rows) {
+      const int64_t rows = std::min(tile.rows, m - i);
+      at::Tensor product = room.shaped(rows, columns);
+      at::cpu::mm_out(product, wide_x(x.narrow(0, i, rows)), b);
+      work.product = starting_at(rows_of(product), i);
+      run_rows(kernels().linear->forward, work, i, i + rows);
+    }
+  }
+}
+
+bool is_narrow(const at::Tensor& x, Activation activation) {
+  return is_sixteen(x) && ops::has_unit(x.scalar_type()) &&
+         (activation <= Activation::kRelu || x.scalar_type() == at::kBFloat16);
+}
+
+Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                Activation activation, bool saves) {
+  const Plain plain;
+  const bool same_bias = !bias || bias->scalar_type() == x.scalar_type();
+  Forward out;
+  out.saved = ops::empty_saved(x, weight, saves ? activation : Activation::kNone);
+  const bool is_plain = activation == Activation::kNone && same_bias;
+  if (is_plain && (!is_sixteen(x) || is_narrow(x, activation))) {
+    out.y = at::linear(x, weight, bias).contiguous();
+    return out;
+  }
+  if (same_bias && is_narrow(x, activation)) {
+    const at::Tensor product = as_rows(at::linear(x, weight, bias)).contiguous();
+    LinearForward work;
+    work.product = rows_of(product);
+    work.columns = weight.size(0);
+    work.activation = activation;
+    out.y =
+        activation == Activation::kRelu ? product : at::empty(product.sizes(), product.options());
+    work.y = rows_of(out.y);
+    if (out.saved.numel() != 0) work.saved = rows_of(out.saved);
+    run_rows(kernels().linear->forward, work, 0, product.size(0));
+    auto sizes = x.sizes().vec();
+    sizes.back() = weight.size(0);
+    out.y = out.y.view(sizes);
+    return out;
+  }
+  out.y = ops::empty_output(x, weight);
+  if (out.y.numel() != 0)
+    forward_wide(as_rows(x), weight, bias, activation, as_rows(out.y), out.saved);
+  return out;
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                  OptionalName activation) {
+  const Activation kind = ops::activation_of("linear", activation);
+  ops::check_linear("linear", x, weight, bias);
+  return forward(x, weight, bias, kind, false).y;
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_forward(const at::Tensor& x, const at::Tensor& weight,
+                                                  const OptionalTensor& bias,
+                                                  OptionalName activation) {
+  const Activation kind = ops::activation_of("linear_forward", activation);
+  ops::check_linear("linear_forward", x, weight, bias);
+  Forward out = forward(x, weight, bias, kind, true);
+  return {out.y, out.saved};
+}
+
+// ---- backward ----------------------------------------------------------------------------------
+/// What a backward has to do; all tensors are matrices, unwanted results undefined.
+struct Backward {
+  at::Tensor dy, x, weight, saved;
+  Activation activation;
+  at::Tensor dx, dw, db;
+  at::Tensor sums;  ///< [blocks of rows, N] in the compute type, where db is wanted
+
+  int64_t rows() const { return dy.size(0); }
+  int64_t columns() const { return dy.size(1); }
+  LinearBackward work() const {
+    LinearBackward work;
+    work.dy = rows_of(dy);
+    work.columns = columns();
+    work.activation = activation;
+    if (activation != Activation::kNone) work.saved = rows_of(saved);
+    if (sums.defined()) work.sums = rows_of(sums);
+    return work;
+  }
+};
+
+void finish_bias(const Backward& b) {
+  if (!b.db.defined()) return;
+  const Rows sums = rows_of(b.sums);
+  at::parallel_for(0, b.columns(), 1024, [&](int64_t begin, int64_t end) {
+    kernels().linear->add_rows(sums, b.sums.size(0), b.db.data_ptr(),
+                               ops::dtype_code(b.db.scalar_type()), begin, end);
+  });
+}
+
+/// dw (+)= dz^T x over the rows of a tile.
+void add_wgrad(at::Tensor& dw, const at::Tensor& dz, const at::Tensor& x, bool first) {
+  if (first)
+    at::cpu::mm_out(dw, dz.t(), x);
+  else
+    at::cpu::addmm_(dw, dz.t(), x);
+}
+
+void backward_wide(const Backward& b) {
+  const int64_t m = b.rows(), n = b.columns(), k = b.x.size(1);
+  const int64_t most = std::max<int64_t>(kPiece / 2 / std::max<int64_t>({n, k, 1}), 512);
+  const int64_t tile =
+      (even_part(m, most) + math::kBiasRows - 1) / math::kBiasRows * math::kBiasRows;
+  const Room dz_room(b.x, tile * n);
+  const Operand wide_x(b.x, tile * k);
+  std::optional<Operand> wide_weight;
+  std::optional<Room> dx_room;
+  at::Tensor weight, dw = b.dw;
+  if (b.dx.defined()) {
+    wide_weight.emplace(b.weight, n * k);
+    weight = (*wide_weight)(b.weight);
+    if (is_sixteen(b.x)) dx_room.emplace(b.x, tile * k);
+  }
+  if (dw.defined() && dw.scalar_type() != wide_type(b.x))
+    dw = at::empty({n, k}, b.x.options().dtype(wide_type(b.x)));
+  LinearBackward work = b.work();
+  for (int64_t i = 0; i < m; i += tile) {
+    const int64_t rows = std::min(tile, m - i);
+    const at::Tensor dz = dz_room.shaped(rows, n);
+    work.dz = starting_at(rows_of(dz), i);
+    run_rows(kernels().linear->backward, work, i, i + rows);
+    if (b.dx.defined()) {
+      at::Tensor target = b.dx.narrow(0, i, rows);
+      at::Tensor product = dx_room ? dx_room->shaped(rows, k) : target;
+      at::cpu::mm_out(product, dz, weight);
+      if (dx_room) target.copy_(product);
+    }
+    if (dw.defined()) add_wgrad(dw, dz, wide_x(b.x.narrow(0, i, rows)), i == 0);
+  }
+  if (dw.defined() && !dw.is_same(b.dw)) b.dw.copy_(dw);
+}
+
+/// into (+)= dz^T x in the compute type.
+void wgrad(at::Tensor& into, const at::Tensor& dz, const at::Tensor& x, bool fresh) {
+  const int64_t m = dz.size(0), n = dz.size(1), k = x.size(1);
+  const int64_t tile =
+      even_part(m, std::max<int64_t>(kPiece / 2 / std::max<int64_t>({n, k, 1}), 512));
+  const Operand wide_dz(dz, tile * n), wide_x(x, tile * k);
+  for (int64_t i = 0; i < m; i += tile) {
+    const int64_t rows = std::min(tile, m - i);
+    add_wgrad(into, wide_dz(dz.narrow(0, i, rows)), wide_x(x.narrow(0, i, rows)), fresh && i == 0);
+  }
+}
+
+/// Products of a dz that is rounded to 16 bits, by oneDNN.
+void backward_narrow(Backward& b) {
+  LinearBackward work = b.work();
+  at::Tensor dz = b.dy;
+  if (b.activation != Activation::kNone) {
+    dz = at::empty(b.dy.sizes(), b.dy.options());
+    work.dz = rows_of(dz);
+  }
+  if (work.dz || work.sums) run_rows(kernels().linear->backward, work, 0, b.rows());
+  if (b.dx.defined()) at::mm_out(b.dx, dz, b.weight);
+  if (!b.dw.defined()) return;
+  if (b.dw.scalar_type() == b.x.scalar_type())
+    at::mm_out(b.dw, dz.t(), b.x);
+  else
+    wgrad(b.dw, dz, b.x, true);
+}
+
+/// Above this an FP32 copy of weight and weight gradient is more than a layer should cost.
+constexpr int64_t kLargestWideWeight = int64_t(1) << 24;
+
+Gradients linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                          const at::Tensor& saved, OptionalName activation,
+                          std::array<bool, 3> wanted, at::ScalarType weight_dtype,
+                          std::optional<at::ScalarType> bias_dtype) {
+  const Activation kind = ops::activation_of("linear_backward", activation);
+  ops::check_linear_backward(dy, x, weight, saved, kind, weight_dtype, bias_dtype);
+  const Plain plain;
+  Gradients gradients = ops::empty_gradients(x, weight, wanted, weight_dtype, bias_dtype);
+  auto& [dx, dw, db] = gradients;
+  Backward b{
+      as_rows(dy).contiguous(), as_rows(x), weight, saved.contiguous(), kind, {}, {}, {}, {}};
+  if (b.rows() == 0 || b.columns() == 0) {
+    for (at::Tensor* t : {&dx, &dw, &db}) t->zero_();
+    return gradients;
+  }
+  if (wanted[0]) b.dx = dx.view({b.rows(), x.size(-1)});
+  if (wanted[1]) b.dw = dw;
+  if (wanted[2] && bias_dtype) {
+    b.db = db;
+    const int64_t blocks = (b.rows() + math::kBiasRows - 1) / math::kBiasRows;
+    b.sums = at::empty({blocks, b.columns()}, x.options().dtype(wide_type(x)));
+  }
+  const bool narrow =
+      is_sixteen(x) && (ops::has_unit(x.scalar_type()) || weight.numel() > kLargestWideWeight);
+  narrow ? backward_narrow(b) : backward_wide(b);
+  finish_bias(b);
+  return gradients;
+}
+
+void linear_wgrad_(const at::Tensor& into, const at::Tensor& dz, const at::Tensor& x) {
+  ops::check_linear_wgrad(into, dz, x);
+  const Plain plain;
+  at::Tensor sum = into;
+  if (dz.numel() != 0 && x.numel() != 0) wgrad(sum, as_rows(dz), as_rows(x), false);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(halfstep, CPU, m) {
+  m.impl("linear", linear);
+  m.impl("linear_forward", linear_forward);
+  m.impl("linear_backward", linear_backward);
+  m.impl("linear_wgrad_", linear_wgrad_);
+}
+
+}  // namespace halfstep::cpu

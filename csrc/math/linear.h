@@ -1,0 +1,74 @@
+#pragma once
+
+// What stands behind a product: y = act(h), h = x w^T + b, and its slope. What the backward needs
+// of h is kept as compactly as it can be: one bit an element for ReLU, h in the output's dtype for
+// GELU. The bits of a row take a multiple of 16 bytes (128 columns, the rule of cuBLASLt's masks),
+// column j is bit j % 8 of byte j / 8, and nothing reads the bits beyond the row.
+
+#include "functions.h"
+
+namespace halfstep::math {
+
+enum class Activation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
+
+/// Rows whose column sums are added in FP32; the sums of such blocks are added in FP64.
+constexpr int64_t kBiasRows = 64;
+
+}  // namespace halfstep::math
+
+HALFSTEP_MATH_BEGIN
+
+/// Of one row.
+HALFSTEP_FN constexpr int64_t mask_bytes(int64_t columns) { return (columns + 127) / 128 * 16; }
+
+template <Activation kActivation, class V>
+HALFSTEP_FN V activate(const V& h) {
+  if constexpr (kActivation == Activation::kRelu)
+    return relu(h);
+  else if constexpr (kActivation == Activation::kGelu)
+    return gelu(h);
+  else if constexpr (kActivation == Activation::kGeluTanh)
+    return gelu_tanh(h);
+  else
+    return h;
+}
+
+/// The derivative at h, for activations that keep h.
+template <Activation kActivation, class V>
+HALFSTEP_FN V slope(const V& h) {
+  if constexpr (kActivation == Activation::kGelu)
+    return gelu_slope(h);
+  else
+    return gelu_tanh_slope(h);
+}
+
+/// Whether ReLU lets the gradient of h pass: not at zero, and NaN passes, as in torch.
+template <class V>
+HALFSTEP_FN auto is_closed(const V& h) {
+  return broadcast<V>(0) >= h;
+}
+
+HALFSTEP_MATH_END
+
+namespace halfstep::math {
+
+/// body(std::integral_constant<Activation, …>()) for the activation met at run time.
+template <Activation kActivation>
+struct ActivationConstant {
+  static constexpr Activation value = kActivation;
+};
+template <class Body>
+auto with_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::kNone:
+      return body(ActivationConstant<Activation::kNone>());
+    case Activation::kRelu:
+      return body(ActivationConstant<Activation::kRelu>());
+    case Activation::kGelu:
+      return body(ActivationConstant<Activation::kGelu>());
+    default:
+      return body(ActivationConstant<Activation::kGeluTanh>());
+  }
+}
+
+}  // namespace halfstep::math
