@@ -3,7 +3,7 @@
 //
 //   Measured on CPUs with the FP16 unit and without (docs/audit.md): tanh and powers 2.3 to 10
 //   times slower than FP32, norms along a dimension 5, group norm 2, im2col's and col2im's inner
-//   loop 3, grid_sample 2 to 3, max over rows 1.7, the backward of EmbeddingBag 1.7; avg_pool3d
+//   loop 3, grid_sample 2 to 3, means over columns 2, the backward of EmbeddingBag 1.7; avg_pool3d
 //   refuses FP16.
 //   All have CPU kernels in torch, so these stand at BackendSelect, below autograd: derivatives of
 //   any order, functorch and tracing are torch's own, and the graph keeps the 16-bit tensors.
@@ -25,9 +25,7 @@
 #include <ATen/ops/grid_sampler_2d_ops.h>
 #include <ATen/ops/im2col_ops.h>
 #include <ATen/ops/linalg_vector_norm_ops.h>
-#include <ATen/ops/max_ops.h>
 #include <ATen/ops/mean_ops.h>
-#include <ATen/ops/min_ops.h>
 #include <ATen/ops/native_group_norm_backward_ops.h>
 #include <ATen/ops/native_group_norm_ops.h>
 #include <ATen/ops/pow_cpu_dispatch.h>
@@ -98,21 +96,22 @@ struct Rows {
 
 /// body(rows) for parts in which the larger of two operands has about kPiece / 12 elements, so that
 /// a part's FP32 copies stay in its core's cache; parts run in parallel and do not depend on the
-/// number of threads. Rows too large for that are taken one after another, each by the kernel's own
-/// threads.
+/// number of threads. Rows too large for that are taken one after another, and a batch too small to
+/// be worth it whole, each by the kernel's own threads.
 template <class Body>
 void for_rows(const at::Tensor& one, const at::Tensor& other, const Body& body) {
   const int64_t all = one.size(0);
-  const int64_t row = std::max<int64_t>(std::max(one.numel(), other.numel()) / all, 1);
-  const bool large = row > kPiece / 4;
-  const int64_t part = even_part(all, (large ? kPiece : kPiece / 12) / row);
+  const int64_t whole = std::max(one.numel(), other.numel());
+  const int64_t row = std::max<int64_t>(whole / all, 1);
+  const bool in_turn = row > kPiece / 4 || whole <= kPiece / 4;
+  const int64_t part = even_part(all, (in_turn ? kPiece : kPiece / 12) / row);
   const int64_t parts = (all + part - 1) / part;
   const auto run = [&](int64_t first, int64_t end) {
     const Plain plain;
     for (int64_t i = first; i < end; ++i)
       body(Rows{i * part, std::min(part, all - i * part), all, i});
   };
-  if (large)
+  if (in_turn)
     run(0, parts);
   else
     at::parallel_for(0, parts, 1, run);
@@ -331,7 +330,8 @@ at::Tensor mean(DispatchKeySet keys, const at::Tensor& self, at::OptionalIntArra
                 bool keep, std::optional<at::ScalarType> type) {
   using Op = at::_ops::mean_dim;
   const auto below = below_select(keys);
-  if (!takes(keys, self) || (type && *type != at::kHalf) || self.dim() == 0)
+  const bool some = dims && !dims->empty() && int64_t(dims->size()) < self.dim();
+  if (!takes(keys, self) || (type && *type != at::kHalf) || !some)
     return Op::redispatch(below, self, dims, keep, type);
   Whole out;
   if (leaves_rows(self, dims)) {
@@ -348,22 +348,6 @@ at::Tensor mean(DispatchKeySet keys, const at::Tensor& self, at::OptionalIntArra
   const Plain plain;
   at::Tensor total = sum_of(sums);
   return rounded(total.mul_(double(total.numel()) / double(self.numel())));
-}
-
-/// max.dim, min.dim: widening is exact and keeps order and ties, so the results are the stock ones.
-template <class Op>
-std::tuple<at::Tensor, at::Tensor> extreme(DispatchKeySet keys, const at::Tensor& self, int64_t dim,
-                                           bool keep) {
-  const auto below = below_select(keys);
-  if (!takes(keys, self) || !leaves_rows(self, at::IntArrayRef(dim)))
-    return Op::redispatch(below, self, dim, keep);
-  Whole values, indices;
-  for_rows(self, self, [&](const Rows& rows) {
-    const auto [a, b] = Op::redispatch(below, rows(self), dim, keep);
-    rows.store(a, values);
-    rows.store(b, indices);
-  });
-  return {values, indices};
 }
 
 // ---- elementwise -------------------------------------------------------------------------------
@@ -436,8 +420,6 @@ TORCH_LIBRARY_IMPL(aten, BackendSelect, m) {
   m.impl("_embedding_bag_dense_backward", embedding_bag_backward);
   m.impl("linalg_vector_norm", vector_norm);
   m.impl("mean.dim", mean);
-  m.impl("max.dim", extreme<at::_ops::max_dim>);
-  m.impl("min.dim", extreme<at::_ops::min_dim>);
   m.impl("tanh", tanh);
   m.impl("tanh_", tanh_);
   m.impl("pow.Tensor_Scalar", pow);

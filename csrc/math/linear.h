@@ -9,7 +9,7 @@
 
 namespace halfstep::math {
 
-enum class Activation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
+enum class Epilogue : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
 
 /// Rows whose column sums are added in FP32; the sums of such blocks are added in FP64.
 constexpr int64_t kBiasRows = 64;
@@ -21,22 +21,22 @@ HALFSTEP_MATH_BEGIN
 /// Of one row.
 HALFSTEP_FN constexpr int64_t mask_bytes(int64_t columns) { return (columns + 127) / 128 * 16; }
 
-template <Activation kActivation, class V>
+template <Epilogue kEpilogue, class V>
 HALFSTEP_FN V activate(const V& h) {
-  if constexpr (kActivation == Activation::kRelu)
+  if constexpr (kEpilogue == Epilogue::kRelu)
     return relu(h);
-  else if constexpr (kActivation == Activation::kGelu)
+  else if constexpr (kEpilogue == Epilogue::kGelu)
     return gelu(h);
-  else if constexpr (kActivation == Activation::kGeluTanh)
+  else if constexpr (kEpilogue == Epilogue::kGeluTanh)
     return gelu_tanh(h);
   else
     return h;
 }
 
 /// The derivative at h, for activations that keep h.
-template <Activation kActivation, class V>
+template <Epilogue kEpilogue, class V>
 HALFSTEP_FN V slope(const V& h) {
-  if constexpr (kActivation == Activation::kGelu)
+  if constexpr (kEpilogue == Epilogue::kGelu)
     return gelu_slope(h);
   else
     return gelu_tanh_slope(h);
@@ -52,22 +52,22 @@ HALFSTEP_MATH_END
 
 namespace halfstep::math {
 
-/// body(std::integral_constant<Activation, …>()) for the activation met at run time.
-template <Activation kActivation>
+/// body(std::integral_constant<Epilogue, …>()) for the activation met at run time.
+template <Epilogue kEpilogue>
 struct ActivationConstant {
-  static constexpr Activation value = kActivation;
+  static constexpr Epilogue value = kEpilogue;
 };
 template <class Body>
-auto with_activation(Activation activation, const Body& body) {
+auto with_epilogue(Epilogue activation, const Body& body) {
   switch (activation) {
-    case Activation::kNone:
-      return body(ActivationConstant<Activation::kNone>());
-    case Activation::kRelu:
-      return body(ActivationConstant<Activation::kRelu>());
-    case Activation::kGelu:
-      return body(ActivationConstant<Activation::kGelu>());
+    case Epilogue::kNone:
+      return body(ActivationConstant<Epilogue::kNone>());
+    case Epilogue::kRelu:
+      return body(ActivationConstant<Epilogue::kRelu>());
+    case Epilogue::kGelu:
+      return body(ActivationConstant<Epilogue::kGelu>());
     default:
-      return body(ActivationConstant<Activation::kGeluTanh>());
+      return body(ActivationConstant<Epilogue::kGeluTanh>());
   }
 }
 

@@ -12,6 +12,7 @@ from ._nonfinite import NonFinite, find_nonfinite
 from ._stats import ScalerStats, TensorStats
 from .ada_loss import ada_loss_
 from .amp import GradScaler, autocast
+from ._swap import SwapReport, swap_layers_
 from .cast import CastReport, cast_model, evaluate_in, export_state_dict, load_state_dict
 from .checkpoint import load, save
 from .trace import SimResult, record, simulate
@@ -33,6 +34,6 @@ def doctor():
     return doctor()
 
 
-__all__ = ["Arm", "CastReport", "Comparison", "GradScaler", "Job", "NonFinite", "ScalerStats", "SimResult", "TensorStats", "ada_loss_", "autocast", "cast_model", "cmake_prefix_path", "compare",
+__all__ = ["Arm", "CastReport", "Comparison", "GradScaler", "Job", "NonFinite", "ScalerStats", "SimResult", "SwapReport", "TensorStats", "ada_loss_", "autocast", "cast_model", "cmake_prefix_path", "compare",
            "cuda_status", "doctor", "evaluate_in", "export_state_dict", "find_nonfinite", "functional", "include_path", "load", "load_state_dict", "lr_scheduler", "nn", "optim", "policies",
-           "record", "save", "set_overrides", "simulate"]
+           "record", "save", "set_overrides", "simulate", "swap_layers_"]

@@ -1,4 +1,4 @@
-"""`halfstep compare`, `halfstep init` and `halfstep merge`."""
+"""`halfstep compare`, `halfstep init`, `halfstep merge`, `halfstep explain` and `halfstep size`."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def add(commands):
-    """Adds the three to the parser's commands."""
+    """Adds them to the parser's commands."""
     run = commands.add_parser("compare", help="is mixed precision as good as FP32 for this job, and what does it cost and save")
     run.add_argument("make", nargs="?", help="script.py:make, a function (arm, seed) -> halfstep.Job; `halfstep init` writes one")
     run.add_argument("--seeds", default="8", help="how many seeds, or which: 3,4,5 (default 8)")
@@ -24,6 +24,12 @@ def add(commands):
     several.add_argument("reports", nargs="+", metavar="REPORT")
     several.add_argument("--json", metavar="FILE", help="the rows of the table")
     several.set_defaults(run=_merge)
+    for name, text in (("explain", "what each layer stores, computes, sums and gives in, and its casts"), ("size", "every byte by role, and the operations by dtype")):
+        look = commands.add_parser(name, help=text)
+        look.add_argument("make", help="script.py:make, as for compare")
+        look.add_argument("--arms", action="append", metavar="ARM,…", help="as for compare (default fp32,mixed)")
+        look.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+        look.set_defaults(run=_look)
 
 
 def _seeds(text):
@@ -67,6 +73,27 @@ def _merge(options):
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
+    return 0
+
+
+def _look(options):
+    from ._compare import _device, _place
+    from ._explain import Look
+    from ._job import Job, parse_arms
+    from ._worker import CannotLoad, load_make, seed_all
+
+    file, name = _place(options.make)
+    for number, arm in enumerate(parse_arms(options.arms or "fp32,mixed", _device(options.device))):
+        try:
+            make = load_make(file, name)
+        except CannotLoad as error:
+            raise ValueError(str(error)) from None
+        seed_all(0)
+        job = make(arm, 0)
+        if not isinstance(job, Job):
+            raise ValueError(f"{options.make}: {name}() returned {type(job).__name__}; expected a halfstep.Job")
+        look = Look(arm, job)
+        print("\n" * (number > 0) + (f"arm {arm.name}\n{look.explain()}" if options.command == "explain" else look.size()))
     return 0
 
 

@@ -53,10 +53,9 @@ def _energy(device):
     from ._energy import Unavailable, source
 
     try:
-        found, reason = source(device)
-    except Unavailable as error:
-        return f"none: {error}"
-    return found.method if found is not None else f"none: {reason}"
+        return source(device).method
+    except (Unavailable, ImportError) as error:
+        return f"not measured: {error}"
 
 
 def verdict(rates, device):

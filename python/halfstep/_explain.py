@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ._ledger import ledger
+
 _SHORT = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32", torch.float64: "FP64"}
 _CASTS = {"aten::_to_copy"}
 
@@ -116,13 +118,6 @@ def amount(value, unit="B"):
     return f"{value:.1f} P{unit}"
 
 
-def iteration(arm, job, batch):
-    """Forward, loss and backward of one batch, as compare trains."""
-    with arm.autocast():
-        loss = job.loss(job.model, batch)
-    return loss
-
-
 def explain_table(layers):
     """One line a module that has parameters or products: dtypes of weights, of what it computes with, of sums and of its output, and its casts."""
     shown = [layer for layer in layers.values() if layer.stored or layer.flops]
@@ -131,27 +126,53 @@ def explain_table(layers):
     return _rows(("layer", "kind", "weights", "computes", "sums", "gives", "casts", "cast bytes"), rows)
 
 
-def watch(arm, job):
-    """{module path: Layer} of one forward and backward on the first batch, and the loss."""
-    batches = job.batches(0) if callable(job.batches) else job.batches
-    batch = next(iter(batches))
-    with Watch(job.model) as seen:
-        loss = iteration(arm, job, batch)
-        (loss * 1.0).backward()
-    return seen.layers, loss
+class Look:
+    """One training iteration of a job, watched: what `halfstep explain` and `halfstep size` print.
 
+    layers {module path: Layer}; activations: bytes that autograd kept between forward and backward; ledger {role: bytes} after a step.
+    """
 
-def activation_bytes(arm, job, batch):
-    """Bytes that autograd keeps between forward and backward, each storage once, the model's own tensors apart."""
-    own = {t.untyped_storage().data_ptr() for t in [*job.model.parameters(), *job.model.buffers()]}
-    seen = {}
+    def __init__(self, arm, job):
+        self.arm, self.job = arm, job
+        batch = next(iter(job.batches(0) if callable(job.batches) else job.batches))
+        optimizers, scaler = job.optimizers, arm.scaler()
+        own = {t.untyped_storage().data_ptr() for t in [*job.model.parameters(), *job.model.buffers()]}
+        kept = {}
 
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        iteration(arm, job, batch)
-    return sum(seen.values())
+        job.model.train()
+        with Watch(job.model) as seen:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), arm.autocast():
+                loss = job.loss(job.model, batch)
+            scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        if scaler.is_enabled():
+            scaler.update()
+        self.layers, self.activations, self.ledger = seen.layers, sum(kept.values()), ledger(job.model, optimizers)
+
+    def flops(self):
+        """{dtype name: (forward, backward)} of all products."""
+        total = defaultdict(lambda: [0, 0])
+        for layer in self.layers.values():
+            for part, found in enumerate((layer.flops, layer.backward_flops)):
+                for dtype, count in found.items():
+                    total[short(dtype)][part] += count
+        return {name: tuple(counts) for name, counts in sorted(total.items())}
+
+    def explain(self):
+        return explain_table(self.layers)
+
+    def size(self):
+        """The ledger as text: bytes by role and per parameter, activations of the batch, operations by dtype."""
+        count = sum(p.numel() for p in self.job.model.parameters())
+        rows = [(role, amount(held), f"{held / count:.2f}") for role, held in self.ledger.items() if held]
+        held = sum(self.ledger.values())
+        rows += [("held between steps", amount(held), f"{held / count:.2f}"), ("activations of a batch", amount(self.activations), f"{self.activations / count:.2f}")]
+        lines = [f"{count:,} parameters, arm {self.arm.name}", _rows(("", "bytes", "per parameter"), rows), ""]
+        return "\n".join(lines + [f"{name}: {amount(f, 'FLOP')} forward, {amount(b, 'FLOP')} backward" for name, (f, b) in self.flops().items()])

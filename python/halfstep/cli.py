@@ -31,7 +31,9 @@ def doctor():
     x = torch.full((4,), 65504.0, dtype=torch.float16)
     stats = torch.ops.halfstep.grad_stats([x, x / 0], [])
     lines.append(("check", "grad_stats finds the bad tensor" if float(stats[-1, 6]) == 1 else f"FAILED: grad_stats gave {stats.tolist()}"))
-    return lines
+    from . import _doctor
+
+    return lines + _doctor.probes()
 
 
 def simulate(options):

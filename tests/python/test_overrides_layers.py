@@ -39,8 +39,6 @@ ONE_OP = {
     "mean over columns": (lambda x: x.mean(0, keepdim=True), lambda: [r(700, 300)]),
     "mean of all": (lambda x: x.mean(), lambda: [r(700, 300)]),
     "mean over pixels": (lambda x: x.mean((2, 3)), lambda: [r(5, 3, 30, 40)]),
-    "max": (lambda x: x.max(1).values, lambda: [r(300, 500)]),
-    "min": (lambda x: x.min(-1, keepdim=True).values, lambda: [r(300, 500)]),
 }
 # Functions whose backward is several ops or reads the rounded output: the output is FP32 rounded once, gradients are near.
 SEVERAL = {
@@ -120,7 +118,7 @@ def test_non_finite_values_stay():
     x = torch.zeros(8, 300).half()
     x[1, 2], x[3, 4], x[5, 6] = float("nan"), float("inf"), -float("inf")
     assert x.mean(-1).isnan().nonzero().tolist() == [[1]] and x.mean(-1)[3] == float("inf")
-    assert x.max(-1).values[1].isnan() and x.tanh()[5, 6] == -1 and x.tanh()[1, 2].isnan() and x.pow(2)[5, 6] == float("inf")
+    assert x.tanh()[5, 6] == -1 and x.tanh()[1, 2].isnan() and x.pow(2)[5, 6] == float("inf")
     assert torch.linalg.vector_norm(x, dim=-1)[1].isnan()
     assert (torch.full((4, 1000), 300.0).half().pow(2) == float("inf")).all()  # 90,000 does not fit
 

@@ -9,13 +9,18 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss for class indices, computed by hs.functional.cross_entropy, with its z_loss.
 
     forward(logits, target, grad_scale=None); `weight` is a buffer, as in torch. The loss is FP32 (FP64 for FP64 logits).
+    Targets that are class probabilities go to torch's own function, where there is neither z_loss nor grad_scale.
     """
+
+    z_loss = 0.0  # of a stock module that became ours
 
     def __init__(self, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0, z_loss=0.0):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss = z_loss
 
     def forward(self, input, target, grad_scale=None):
+        if target.is_floating_point() and not self.z_loss and grad_scale is None:
+            return super().forward(input, target)
         return functional.cross_entropy(input, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing, self.z_loss, grad_scale)
 
 

@@ -9,6 +9,8 @@ class Softmax(torch.nn.Softmax):
     forward(x, mask=None). `dim=None` is torch's implicit choice: 0 for 0, 1 or 3 dimensions, else 1.
     """
 
+    scale, causal = 1.0, False  # of a stock module that became ours
+
     def __init__(self, dim=None, scale=1.0, causal=False):
         super().__init__(dim)
         self.scale, self.causal = scale, causal
