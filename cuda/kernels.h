@@ -112,7 +112,7 @@ struct EpilogueForward {
   void* saved = nullptr;
   int64_t rows = 0, columns = 0;
   math::Dtype product_dtype{}, bias_dtype{}, y_dtype{};
-  math::Epilogue activation{};
+  math::LinearActivation activation{};
 };
 Status epilogue_forward(const EpilogueForward& work, Stream stream);
 
@@ -124,7 +124,7 @@ struct EpilogueBackward {
   void* sums = nullptr;
   int64_t rows = 0, columns = 0;
   math::Dtype dtype{};
-  math::Epilogue activation{};
+  math::LinearActivation activation{};
 };
 Status epilogue_backward(const EpilogueBackward& work, Stream stream);
 /// The sum of the rows, added in FP64 and rounded once.

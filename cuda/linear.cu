@@ -6,7 +6,7 @@
 namespace halfstep::cuda {
 
 using math::Dtype;
-using math::Epilogue;
+using math::LinearActivation;
 
 namespace {
 
@@ -55,7 +55,7 @@ __device__ void close_mask(uint8_t* mask, int64_t columns, int64_t column, int l
   for (int64_t i = column / 8 + 1; i < math::mask_bytes(columns); ++i) write(mask + i, uint8_t(0));
 }
 
-template <Epilogue kEpilogue, class T>
+template <LinearActivation kActivation, class T>
 __device__ void forward_group(const EpilogueForward& work, int64_t row, int64_t column, int lanes,
                               const Group<T, kGroup>& bias) {
   const int64_t columns = work.columns;
@@ -66,12 +66,12 @@ __device__ void forward_group(const EpilogueForward& work, int64_t row, int64_t 
   HALFSTEP_UNROLL
   for (int k = 0; k < kGroup; ++k) {
     h.x[k] = h.x[k] + bias.x[k];
-    y.x[k] = math::activate<kEpilogue>(h.x[k]);
+    y.x[k] = math::activate<kActivation>(h.x[k]);
     if (k < lanes && !math::is_closed(h.x[k])) bits |= 1u << k;
   }
   write_floats(row_of(work.y, work.y_dtype, row, columns), work.y_dtype, column, lanes, y);
-  if (!work.saved || kEpilogue == Epilogue::kNone) return;
-  if (kEpilogue == Epilogue::kRelu) {
+  if (!work.saved || kActivation == LinearActivation::kNone) return;
+  if (kActivation == LinearActivation::kRelu) {
     auto* mask = static_cast<uint8_t*>(work.saved) + row * math::mask_bytes(columns);
     if (lanes > 0) write(mask + column / 8, uint8_t(bits));
     close_mask(mask, columns, column, lanes);
@@ -80,35 +80,35 @@ __device__ void forward_group(const EpilogueForward& work, int64_t row, int64_t 
   }
 }
 
-template <Epilogue kEpilogue, class T>
+template <LinearActivation kActivation, class T>
 __global__ void __launch_bounds__(kThreads) epilogue_forward_tiles(EpilogueForward work) {
   for_each_tile(work.rows, work.columns, [&](int64_t tile, int64_t column, int lanes) {
     Group<T, kGroup> bias = {};
     if (work.bias) bias = read_floats<T, kGroup>(work.bias, work.bias_dtype, column, lanes);
     for (int r = int(threadIdx.x) / 32; r < kTileRows; r += kWarps) {
       const int64_t row = tile * kTileRows + r;
-      if (row < work.rows) forward_group<kEpilogue>(work, row, column, lanes, bias);
+      if (row < work.rows) forward_group<kActivation>(work, row, column, lanes, bias);
     }
   });
 }
 
-template <Epilogue kEpilogue, class T>
+template <LinearActivation kActivation, class T>
 __device__ Group<T, kGroup> backward_group(const EpilogueBackward& work, int64_t row,
                                            int64_t column, int lanes) {
   const int64_t columns = work.columns;
   Group<T, kGroup> z =
       read_floats<T, kGroup>(row_of(work.dy, work.dtype, row, columns), work.dtype, column, lanes);
-  if constexpr (kEpilogue == Epilogue::kRelu) {
+  if constexpr (kActivation == LinearActivation::kRelu) {
     const auto* mask = static_cast<const uint8_t*>(work.saved) + row * math::mask_bytes(columns);
     const unsigned bits = lanes > 0 ? read(mask + column / 8) : 0;
     HALFSTEP_UNROLL
     for (int k = 0; k < kGroup; ++k)
       if (!(bits >> k & 1)) z.x[k] = 0;
-  } else if constexpr (kEpilogue != Epilogue::kNone) {
+  } else if constexpr (kActivation != LinearActivation::kNone) {
     const Group<T, kGroup> h = read_floats<T, kGroup>(row_of(work.saved, work.dtype, row, columns),
                                                       work.dtype, column, lanes);
     HALFSTEP_UNROLL
-    for (int k = 0; k < kGroup; ++k) z.x[k] = z.x[k] * math::slope<kEpilogue>(h.x[k]);
+    for (int k = 0; k < kGroup; ++k) z.x[k] = z.x[k] * math::slope<kActivation>(h.x[k]);
   }
   if (work.dz)
     write_floats(row_of(work.dz, work.dtype, row, columns), work.dtype, column, lanes, z);
@@ -136,14 +136,14 @@ __device__ void write_sums(T* to, int64_t column, int lanes, const Group<T, kGro
   write_group<kGroup>(to, column, lanes, sum);
 }
 
-template <Epilogue kEpilogue, class T>
+template <LinearActivation kActivation, class T>
 __global__ void __launch_bounds__(kThreads) epilogue_backward_tiles(EpilogueBackward work) {
   for_each_tile(work.rows, work.columns, [&](int64_t tile, int64_t column, int lanes) {
     Group<T, kGroup> sum = {};
     for (int r = int(threadIdx.x) / 32; r < kTileRows; r += kWarps) {
       const int64_t row = tile * kTileRows + r;
       if (row >= work.rows) break;
-      const auto z = backward_group<kEpilogue, T>(work, row, column, lanes);
+      const auto z = backward_group<kActivation, T>(work, row, column, lanes);
       HALFSTEP_UNROLL
       for (int k = 0; k < kGroup; ++k) sum.x[k] = sum.x[k] + z.x[k];
     }
@@ -180,14 +180,14 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 Status start_forward(const EpilogueForward& work, int64_t tiles, Stream stream) {
-  return math::with_epilogue(work.activation, [&](auto activation) {
+  return math::with_linear_activation(work.activation, [&](auto activation) {
     const auto kernel = epilogue_forward_tiles<decltype(activation)::value, T>;
     return launch(kernel, grid_for(kernel, kThreads, tiles), kThreads, stream, work);
   });
 }
 template <class T>
 Status start_backward(const EpilogueBackward& work, int64_t tiles, Stream stream) {
-  return math::with_epilogue(work.activation, [&](auto activation) {
+  return math::with_linear_activation(work.activation, [&](auto activation) {
     const auto kernel = epilogue_backward_tiles<decltype(activation)::value, T>;
     return launch(kernel, grid_for(kernel, kThreads, tiles), kThreads, stream, work);
   });

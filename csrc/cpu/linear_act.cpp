@@ -126,7 +126,7 @@ Rows columns_from(Rows rows, int64_t column, int64_t element_size) {
 }
 
 void forward_wide(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                  Epilogue activation, const at::Tensor& y, const at::Tensor& saved) {
+                  LinearActivation activation, const at::Tensor& y, const at::Tensor& saved) {
   const int64_t m = x.size(0), k = x.size(1), n = weight.size(0);
   const Tile tile = tile_of(m, n, k);
   const Operand wide_weight(weight, tile.columns * k), wide_x(x, tile.rows * k);
@@ -155,18 +155,18 @@ void forward_wide(const at::Tensor& x, const at::Tensor& weight, const OptionalT
   }
 }
 
-bool is_narrow(const at::Tensor& x, Epilogue activation) {
+bool is_narrow(const at::Tensor& x, LinearActivation activation) {
   return is_sixteen(x) && ops::has_unit(x.scalar_type()) &&
-         (activation <= Epilogue::kRelu || x.scalar_type() == at::kBFloat16);
+         (activation <= LinearActivation::kRelu || x.scalar_type() == at::kBFloat16);
 }
 
 Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                Epilogue activation, bool saves) {
+                LinearActivation activation, bool saves) {
   const Plain plain;
   const bool same_bias = !bias || bias->scalar_type() == x.scalar_type();
   Forward out;
-  out.saved = ops::empty_saved(x, weight, saves ? activation : Epilogue::kNone);
-  const bool is_plain = activation == Epilogue::kNone && same_bias;
+  out.saved = ops::empty_saved(x, weight, saves ? activation : LinearActivation::kNone);
+  const bool is_plain = activation == LinearActivation::kNone && same_bias;
   if (is_plain && (!is_sixteen(x) || is_narrow(x, activation))) {
     out.y = at::linear(x, weight, bias).contiguous();
     return out;
@@ -177,7 +177,8 @@ Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTen
     work.product = rows_of(product);
     work.columns = weight.size(0);
     work.activation = activation;
-    out.y = activation == Epilogue::kRelu ? product : at::empty(product.sizes(), product.options());
+    out.y = activation == LinearActivation::kRelu ? product
+                                                  : at::empty(product.sizes(), product.options());
     work.y = rows_of(out.y);
     if (out.saved.numel() != 0) work.saved = rows_of(out.saved);
     run_rows(kernels().linear->forward, work, 0, product.size(0));
@@ -194,7 +195,7 @@ Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTen
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                   OptionalName activation) {
-  const Epilogue kind = ops::activation_of("linear", activation);
+  const LinearActivation kind = ops::activation_of("linear", activation);
   ops::check_linear("linear", x, weight, bias);
   return forward(x, weight, bias, kind, false).y;
 }
@@ -202,7 +203,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalT
 std::tuple<at::Tensor, at::Tensor> linear_forward(const at::Tensor& x, const at::Tensor& weight,
                                                   const OptionalTensor& bias,
                                                   OptionalName activation) {
-  const Epilogue kind = ops::activation_of("linear_forward", activation);
+  const LinearActivation kind = ops::activation_of("linear_forward", activation);
   ops::check_linear("linear_forward", x, weight, bias);
   Forward out = forward(x, weight, bias, kind, true);
   return {out.y, out.saved};
@@ -212,7 +213,7 @@ std::tuple<at::Tensor, at::Tensor> linear_forward(const at::Tensor& x, const at:
 /// What a backward has to do; all tensors are matrices, unwanted results undefined.
 struct Backward {
   at::Tensor dy, x, weight, saved;
-  Epilogue activation;
+  LinearActivation activation;
   at::Tensor dx, dw, db;
   at::Tensor sums;  ///< [blocks of rows, N] in the compute type, where db is wanted
 
@@ -223,7 +224,7 @@ struct Backward {
     work.dy = rows_of(dy);
     work.columns = columns();
     work.activation = activation;
-    if (activation != Epilogue::kNone) work.saved = rows_of(saved);
+    if (activation != LinearActivation::kNone) work.saved = rows_of(saved);
     if (sums.defined()) work.sums = rows_of(sums);
     return work;
   }
@@ -296,7 +297,7 @@ void wgrad(at::Tensor& into, const at::Tensor& dz, const at::Tensor& x, bool fre
 void backward_narrow(Backward& b) {
   LinearBackward work = b.work();
   at::Tensor dz = b.dy;
-  if (b.activation != Epilogue::kNone) {
+  if (b.activation != LinearActivation::kNone) {
     dz = at::empty(b.dy.sizes(), b.dy.options());
     work.dz = rows_of(dz);
   }
@@ -316,7 +317,7 @@ Gradients linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::T
                           const at::Tensor& saved, OptionalName activation,
                           std::array<bool, 3> wanted, at::ScalarType weight_dtype,
                           std::optional<at::ScalarType> bias_dtype) {
-  const Epilogue kind = ops::activation_of("linear_backward", activation);
+  const LinearActivation kind = ops::activation_of("linear_backward", activation);
   ops::check_linear_backward(dy, x, weight, saved, kind, weight_dtype, bias_dtype);
   const Plain plain;
   Gradients gradients = ops::empty_gradients(x, weight, wanted, weight_dtype, bias_dtype);

@@ -22,7 +22,7 @@ namespace halfstep::cuda {
 
 namespace {
 
-using math::Epilogue;
+using math::LinearActivation;
 using ops::Gradients;
 using ops::OptionalName;
 using ops::OptionalTensor;
@@ -73,12 +73,12 @@ bool run_fused(const Place& place, Problem problem, const Pointers& pointers,
   return plans()->run(problem, pointers, call);
 }
 
-std::optional<Epilogue> forward_epilogue(Epilogue activation, bool has_bias, bool saves) {
-  if (activation == Epilogue::kRelu)
+std::optional<Epilogue> forward_epilogue(LinearActivation activation, bool has_bias, bool saves) {
+  if (activation == LinearActivation::kRelu)
     return saves      ? has_bias ? Epilogue::kReluAuxBias : Epilogue::kReluAux
            : has_bias ? Epilogue::kReluBias
                       : Epilogue::kRelu;
-  if (activation == Epilogue::kGeluTanh)
+  if (activation == LinearActivation::kGeluTanh)
     return saves      ? has_bias ? Epilogue::kGeluAuxBias : Epilogue::kGeluAux
            : has_bias ? Epilogue::kGeluBias
                       : Epilogue::kGelu;
@@ -89,7 +89,7 @@ std::optional<Epilogue> forward_epilogue(Epilogue activation, bool has_bias, boo
 struct Forward {
   at::Tensor x, weight;  ///< matrices, contiguous
   OptionalTensor bias;
-  Epilogue activation;
+  LinearActivation activation;
   at::Tensor y, saved;  ///< y: [M, N]
 
   bool same_bias() const { return !bias || bias->scalar_type() == x.scalar_type(); }
@@ -121,10 +121,10 @@ void run_epilogue(const Forward& f, const at::Tensor& product, int64_t first,
 void forward_unfused(const Forward& f, const Place& place) {
   const int64_t m = f.y.size(0), n = f.y.size(1);
   at::Tensor y = f.y;
-  if (f.activation == Epilogue::kRelu && f.same_bias() && f.bias) {
+  if (f.activation == LinearActivation::kRelu && f.same_bias() && f.bias) {
     at::addmm_out(y, *f.bias, f.x, f.weight.t());
     run_epilogue(f, y, 0, std::nullopt, place);
-  } else if (!is_sixteen(f.x) || (f.activation == Epilogue::kRelu && !f.bias)) {
+  } else if (!is_sixteen(f.x) || (f.activation == LinearActivation::kRelu && !f.bias)) {
     at::mm_out(y, f.x, f.weight.t());
     run_epilogue(f, y, 0, f.bias, place);
   } else {
@@ -153,7 +153,8 @@ bool forward_fused(const Forward& f, const Place& place) {
   problem.dtype = ops::dtype_code(f.x.scalar_type());
   problem.epilogue = *epilogue;
   if (saves)
-    problem.aux_stride = f.activation == Epilogue::kRelu ? 8 * f.saved.size(1) : problem.rows;
+    problem.aux_stride =
+        f.activation == LinearActivation::kRelu ? 8 * f.saved.size(1) : problem.rows;
   Pointers pointers{f.weight.const_data_ptr(), f.x.const_data_ptr(), f.y.mutable_data_ptr(),
                     f.bias ? const_cast<void*>(f.bias->const_data_ptr()) : nullptr,
                     saves ? f.saved.mutable_data_ptr() : nullptr};
@@ -161,13 +162,13 @@ bool forward_fused(const Forward& f, const Place& place) {
 }
 
 Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                Epilogue activation, bool saves) {
+                LinearActivation activation, bool saves) {
   const Plain plain;
   const Place place(x);
   Forward f{as_rows(x).contiguous(), weight.contiguous(), bias, activation, {}, {}};
   if (bias) f.bias = bias->contiguous();
-  f.saved = ops::empty_saved(x, weight, saves ? activation : Epilogue::kNone);
-  if (activation == Epilogue::kNone && f.same_bias()) {  // torch fuses the bias itself
+  f.saved = ops::empty_saved(x, weight, saves ? activation : LinearActivation::kNone);
+  if (activation == LinearActivation::kNone && f.same_bias()) {  // torch fuses the bias itself
     f.y = at::linear(x, weight, bias).contiguous();
     return f;
   }
@@ -180,7 +181,7 @@ Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTen
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                   OptionalName activation) {
-  const Epilogue kind = ops::activation_of("linear", activation);
+  const LinearActivation kind = ops::activation_of("linear", activation);
   ops::check_linear("linear", x, weight, bias);
   return forward(x, weight, bias, kind, false).y;
 }
@@ -188,7 +189,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const OptionalT
 std::tuple<at::Tensor, at::Tensor> linear_forward(const at::Tensor& x, const at::Tensor& weight,
                                                   const OptionalTensor& bias,
                                                   OptionalName activation) {
-  const Epilogue kind = ops::activation_of("linear_forward", activation);
+  const LinearActivation kind = ops::activation_of("linear_forward", activation);
   ops::check_linear("linear_forward", x, weight, bias);
   const Forward f = forward(x, weight, bias, kind, true);
   return {f.y, f.saved};
@@ -208,7 +209,7 @@ void wgrad(at::Tensor into, const at::Tensor& dz, const at::Tensor& x, bool fres
 
 struct Backward {
   at::Tensor dy, x, weight, saved;  ///< matrices, contiguous
-  Epilogue activation;
+  LinearActivation activation;
   at::Tensor dw, db;  ///< undefined where not wanted
 };
 
@@ -218,7 +219,7 @@ at::Tensor activation_backward(const Backward& b, const Place& place) {
   EpilogueBackward work;
   at::Tensor dz = b.dy, sums;
   const int64_t blocks = (m + math::kBiasRows - 1) / math::kBiasRows;
-  if (b.activation != Epilogue::kNone) {
+  if (b.activation != LinearActivation::kNone) {
     dz = at::empty({m, n}, b.dy.options());
     work.dz = dz.mutable_data_ptr();
     work.saved = b.saved.const_data_ptr();
@@ -251,7 +252,7 @@ void weight_gradient(const at::Tensor& dw, const at::Tensor& dz, const at::Tenso
 
 /// dw and db of a plain product in one pass over dy.
 bool backward_fused(const Backward& b, const Place& place) {
-  const bool fits = b.activation == Epilogue::kNone && is_sixteen(b.x) && b.dw.defined() &&
+  const bool fits = b.activation == LinearActivation::kNone && is_sixteen(b.x) && b.dw.defined() &&
                     b.db.defined() && b.dw.scalar_type() == b.x.scalar_type() &&
                     b.db.scalar_type() == b.x.scalar_type();
   if (!fits) return false;
@@ -275,7 +276,7 @@ Gradients linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::T
                           const at::Tensor& saved, OptionalName activation,
                           std::array<bool, 3> wanted, at::ScalarType weight_dtype,
                           std::optional<at::ScalarType> bias_dtype) {
-  const Epilogue kind = ops::activation_of("linear_backward", activation);
+  const LinearActivation kind = ops::activation_of("linear_backward", activation);
   ops::check_linear_backward(dy, x, weight, saved, kind, weight_dtype, bias_dtype);
   const Plain plain;
   const Place place(x);

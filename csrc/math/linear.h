@@ -9,7 +9,7 @@
 
 namespace halfstep::math {
 
-enum class Epilogue : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
+enum class LinearActivation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
 
 /// Rows whose column sums are added in FP32; the sums of such blocks are added in FP64.
 constexpr int64_t kBiasRows = 64;
@@ -21,22 +21,22 @@ HALFSTEP_MATH_BEGIN
 /// Of one row.
 HALFSTEP_FN constexpr int64_t mask_bytes(int64_t columns) { return (columns + 127) / 128 * 16; }
 
-template <Epilogue kEpilogue, class V>
+template <LinearActivation kActivation, class V>
 HALFSTEP_FN V activate(const V& h) {
-  if constexpr (kEpilogue == Epilogue::kRelu)
+  if constexpr (kActivation == LinearActivation::kRelu)
     return relu(h);
-  else if constexpr (kEpilogue == Epilogue::kGelu)
+  else if constexpr (kActivation == LinearActivation::kGelu)
     return gelu(h);
-  else if constexpr (kEpilogue == Epilogue::kGeluTanh)
+  else if constexpr (kActivation == LinearActivation::kGeluTanh)
     return gelu_tanh(h);
   else
     return h;
 }
 
 /// The derivative at h, for activations that keep h.
-template <Epilogue kEpilogue, class V>
+template <LinearActivation kActivation, class V>
 HALFSTEP_FN V slope(const V& h) {
-  if constexpr (kEpilogue == Epilogue::kGelu)
+  if constexpr (kActivation == LinearActivation::kGelu)
     return gelu_slope(h);
   else
     return gelu_tanh_slope(h);
@@ -52,22 +52,22 @@ HALFSTEP_MATH_END
 
 namespace halfstep::math {
 
-/// body(std::integral_constant<Epilogue, …>()) for the activation met at run time.
-template <Epilogue kEpilogue>
+/// body(std::integral_constant<LinearActivation, …>()) for the activation met at run time.
+template <LinearActivation kActivation>
 struct ActivationConstant {
-  static constexpr Epilogue value = kEpilogue;
+  static constexpr LinearActivation value = kActivation;
 };
 template <class Body>
-auto with_epilogue(Epilogue activation, const Body& body) {
+auto with_linear_activation(LinearActivation activation, const Body& body) {
   switch (activation) {
-    case Epilogue::kNone:
-      return body(ActivationConstant<Epilogue::kNone>());
-    case Epilogue::kRelu:
-      return body(ActivationConstant<Epilogue::kRelu>());
-    case Epilogue::kGelu:
-      return body(ActivationConstant<Epilogue::kGelu>());
+    case LinearActivation::kNone:
+      return body(ActivationConstant<LinearActivation::kNone>());
+    case LinearActivation::kRelu:
+      return body(ActivationConstant<LinearActivation::kRelu>());
+    case LinearActivation::kGelu:
+      return body(ActivationConstant<LinearActivation::kGelu>());
     default:
-      return body(ActivationConstant<Epilogue::kGeluTanh>());
+      return body(ActivationConstant<LinearActivation::kGeluTanh>());
   }
 }
 

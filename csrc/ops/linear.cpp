@@ -73,7 +73,7 @@ at::Tensor linear_meta(const at::Tensor& x, const at::Tensor& weight, const Opti
 
 Pair linear_forward_meta(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                          OptionalName activation) {
-  const Epilogue kind = activation_of("linear_forward", activation);
+  const LinearActivation kind = activation_of("linear_forward", activation);
   check_linear("linear_forward", x, weight, bias);
   return {empty_output(x, weight), empty_saved(x, weight, kind)};
 }
@@ -166,9 +166,9 @@ Gradients linear_backward_autograd(const at::Tensor& dy, const at::Tensor& x,
                                    at::ScalarType weight_dtype,
                                    std::optional<at::ScalarType> bias_dtype) {
   const bool higher = any_requires_grad({&dy, &x, &weight, &saved});
-  const Epilogue kind = activation_of("linear_backward", activation);
+  const LinearActivation kind = activation_of("linear_backward", activation);
   check_linear_backward(dy, x, weight, saved, kind, weight_dtype, bias_dtype);
-  if (higher && kind == Epilogue::kNone)
+  if (higher && kind == LinearActivation::kNone)
     return differentiable_backward(dy, x, weight, wanted, weight_dtype, bias_dtype);
   Gradients gradients;
   {

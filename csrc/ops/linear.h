@@ -13,17 +13,17 @@
 
 namespace halfstep::ops {
 
-using math::Epilogue;
+using math::LinearActivation;
 using OptionalName = std::optional<std::string_view>;
 using OptionalTensor = std::optional<at::Tensor>;
 
 /// None, "relu", "gelu", "gelu_tanh"; another name raises.
-Epilogue activation_of(const char* op, OptionalName name);
+LinearActivation activation_of(const char* op, OptionalName name);
 
 void check_linear(const char* op, const at::Tensor& x, const at::Tensor& weight,
                   const OptionalTensor& bias);
 void check_linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
-                           const at::Tensor& saved, Epilogue activation,
+                           const at::Tensor& saved, LinearActivation activation,
                            at::ScalarType weight_dtype, std::optional<at::ScalarType> bias_dtype);
 void check_linear_wgrad(const at::Tensor& into, const at::Tensor& dz, const at::Tensor& x);
 
@@ -31,7 +31,7 @@ void check_linear_wgrad(const at::Tensor& into, const at::Tensor& dz, const at::
 c10::SymInt row_count(const at::Tensor& x);
 /// Uninitialised: y, and what the backward needs of it.
 at::Tensor empty_output(const at::Tensor& x, const at::Tensor& weight);
-at::Tensor empty_saved(const at::Tensor& x, const at::Tensor& weight, Epilogue activation);
+at::Tensor empty_saved(const at::Tensor& x, const at::Tensor& weight, LinearActivation activation);
 /// Uninitialised, or empty where not wanted: gradients of x, weight and bias.
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 Gradients empty_gradients(const at::Tensor& x, const at::Tensor& weight, std::array<bool, 3> wanted,

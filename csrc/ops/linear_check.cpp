@@ -32,11 +32,11 @@ void check_operand(const char* op, const char* name, const at::Tensor& t,
 
 }  // namespace
 
-Epilogue activation_of(const char* op, OptionalName name) {
-  if (!name) return Epilogue::kNone;
-  if (*name == "relu") return Epilogue::kRelu;
-  if (*name == "gelu") return Epilogue::kGelu;
-  if (*name == "gelu_tanh") return Epilogue::kGeluTanh;
+LinearActivation activation_of(const char* op, OptionalName name) {
+  if (!name) return LinearActivation::kNone;
+  if (*name == "relu") return LinearActivation::kRelu;
+  if (*name == "gelu") return LinearActivation::kGelu;
+  if (*name == "gelu_tanh") return LinearActivation::kGeluTanh;
   TORCH_CHECK_VALUE(false, op, ": activation is '", *name,
                     "'; expected None, 'relu', 'gelu' or 'gelu_tanh'");
 }
@@ -63,7 +63,7 @@ void check_linear(const char* op, const at::Tensor& x, const at::Tensor& weight,
 }
 
 void check_linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
-                           const at::Tensor& saved, Epilogue activation,
+                           const at::Tensor& saved, LinearActivation activation,
                            at::ScalarType weight_dtype, std::optional<at::ScalarType> bias_dtype) {
   constexpr const char* kOp = "linear_backward";
   check_linear(kOp, x, weight, std::nullopt);
@@ -72,8 +72,8 @@ void check_linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::
   for (int64_t i = 0; same && i + 1 < x.dim(); ++i) same = dy.sym_size(i) == x.sym_size(i);
   TORCH_CHECK(same, kOp, ": dy is ", shown(dy), " but x is ", shown(x), " and weight is ",
               shown(weight));
-  if (activation != Epilogue::kNone) {
-    const bool mask = activation == Epilogue::kRelu;
+  if (activation != LinearActivation::kNone) {
+    const bool mask = activation == LinearActivation::kRelu;
     const c10::SymInt columns = mask ? mask_bytes(weight.sym_size(0)) : weight.sym_size(0);
     TORCH_CHECK(saved.scalar_type() == (mask ? at::kByte : x.scalar_type()) && saved.dim() == 2 &&
                     saved.sym_size(0) == row_count(x) && saved.sym_size(1) == columns,
@@ -115,10 +115,10 @@ at::Tensor empty_output(const at::Tensor& x, const at::Tensor& weight) {
   return at::empty_symint(sizes, x.options());
 }
 
-at::Tensor empty_saved(const at::Tensor& x, const at::Tensor& weight, Epilogue activation) {
+at::Tensor empty_saved(const at::Tensor& x, const at::Tensor& weight, LinearActivation activation) {
   const c10::SymInt columns = weight.sym_size(0);
-  if (activation == Epilogue::kNone) return at::empty({0}, x.options());
-  if (activation == Epilogue::kRelu)
+  if (activation == LinearActivation::kNone) return at::empty({0}, x.options());
+  if (activation == LinearActivation::kRelu)
     return at::empty_symint({row_count(x), mask_bytes(columns)}, x.options().dtype(at::kByte));
   return at::empty_symint({row_count(x), columns}, x.options());
 }

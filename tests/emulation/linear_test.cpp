@@ -11,22 +11,22 @@ using emulation::append;
 using emulation::Array;
 using emulation::Orders;
 using math::Dtype;
-using math::Epilogue;
+using math::LinearActivation;
 
 namespace {
 
-constexpr Epilogue kAll[] = {Epilogue::kNone, Epilogue::kRelu, Epilogue::kGelu,
-                             Epilogue::kGeluTanh};
+constexpr LinearActivation kAll[] = {LinearActivation::kNone, LinearActivation::kRelu,
+                                     LinearActivation::kGelu, LinearActivation::kGeluTanh};
 
 struct Shape {
   int64_t rows, columns, offset = 0;
 };
 
 Dtype compute_type(Dtype dtype) { return dtype == Dtype::kF64 ? dtype : Dtype::kF32; }
-bool keeps_mask(Epilogue a) { return a == Epilogue::kRelu; }
+bool keeps_mask(LinearActivation a) { return a == LinearActivation::kRelu; }
 
 /// What is kept of h: a mask, or h in `dtype`.
-Array saved_array(Epilogue activation, Dtype dtype, const Shape& s) {
+Array saved_array(LinearActivation activation, Dtype dtype, const Shape& s) {
   if (keeps_mask(activation)) return Array(Dtype::kF16, s.rows * math::mask_bytes(s.columns), 0, 1);
   return Array(dtype, s.rows * s.columns, s.offset);
 }
@@ -53,7 +53,7 @@ struct Data {
   }
 };
 
-std::vector<char> forward_on_device(Epilogue activation, Dtype dtype, Dtype product_dtype,
+std::vector<char> forward_on_device(LinearActivation activation, Dtype dtype, Dtype product_dtype,
                                     const Shape& s, bool saves) {
   Data data(dtype, product_dtype, s);
   Array y(dtype, s.rows * s.columns, s.offset), saved = saved_array(activation, dtype, s);
@@ -70,11 +70,11 @@ std::vector<char> forward_on_device(Epilogue activation, Dtype dtype, Dtype prod
   work.activation = activation;
   CHECK(cuda::epilogue_forward(work, nullptr) == 0);
   std::vector<char> result = y.bytes();
-  if (saves && activation != Epilogue::kNone) append(result, saved.bytes());
+  if (saves && activation != LinearActivation::kNone) append(result, saved.bytes());
   return result;
 }
 
-std::vector<char> forward_on_host(Epilogue activation, Dtype dtype, Dtype product_dtype,
+std::vector<char> forward_on_host(LinearActivation activation, Dtype dtype, Dtype product_dtype,
                                   const Shape& s, Array& saved) {
   Data data(dtype, product_dtype, s);
   Array y(dtype, s.rows * s.columns), bias(compute_type(dtype), s.columns);
@@ -89,11 +89,11 @@ std::vector<char> forward_on_host(Epilogue activation, Dtype dtype, Dtype produc
   work.activation = activation;
   cpu::kKernelsDefault.linear->forward(work, 0, s.rows);
   std::vector<char> result = y.bytes();
-  if (activation != Epilogue::kNone) append(result, saved.bytes());
+  if (activation != LinearActivation::kNone) append(result, saved.bytes());
   return result;
 }
 
-std::vector<char> backward_on_device(Epilogue activation, Dtype dtype, const Shape& s,
+std::vector<char> backward_on_device(LinearActivation activation, Dtype dtype, const Shape& s,
                                      const Array& saved, bool wants_dz, bool wants_sums) {
   Data data(dtype, compute_type(dtype), s);
   const int64_t blocks = (s.rows + math::kBiasRows - 1) / math::kBiasRows;
@@ -120,7 +120,8 @@ std::vector<char> backward_on_device(Epilogue activation, Dtype dtype, const Sha
 }
 
 /// dz of the CPU kernel, and the exact sums of what it computes.
-std::vector<char> dz_on_host(Epilogue activation, Dtype dtype, const Shape& s, const Array& saved) {
+std::vector<char> dz_on_host(LinearActivation activation, Dtype dtype, const Shape& s,
+                             const Array& saved) {
   Data data(dtype, compute_type(dtype), s);
   Array dz(dtype, s.rows * s.columns);
   cpu::LinearBackward work;
@@ -141,7 +142,7 @@ TEST_CASE("epilogues of the device are those of the CPU, in every order", "[line
   for (const Shape& s : {Shape{1, 1}, {3, 7}, {65, 9, 1}, {70, 264}, {2, 520, 3}, {0, 5}})
     for (const Dtype dtype : {Dtype::kF16, Dtype::kBF16, Dtype::kF32, Dtype::kF64}) {
       if (s.rows == 70 && dtype != Dtype::kF16) continue;
-      for (const Epilogue activation : kAll)
+      for (const LinearActivation activation : kAll)
         for (const Dtype product : {compute_type(dtype), dtype}) {
           if (product == compute_type(dtype) && product == dtype && dtype == Dtype::kF16) continue;
           Array saved = saved_array(activation, dtype, s);
@@ -166,7 +167,7 @@ TEST_CASE("dz of the device is that of the CPU, and sums do not depend on the gr
   for (const Shape& s : {Shape{1, 1}, {65, 9, 1}, {130, 264}, {2, 520, 3}, {0, 5}})
     for (const Dtype dtype : {Dtype::kF16, Dtype::kBF16, Dtype::kF64}) {
       if (s.rows == 130 && dtype != Dtype::kF16) continue;
-      for (const Epilogue activation : kAll) {
+      for (const LinearActivation activation : kAll) {
         Array saved = saved_array(activation, dtype, s);
         forward_on_host(activation, dtype, compute_type(dtype), s, saved);
         std::vector<char> both;
@@ -188,10 +189,11 @@ TEST_CASE("dz of the device is that of the CPU, and sums do not depend on the gr
 TEST_CASE("the bias gradient is the sum of the unrounded dz", "[linear]") {
   emulation::reset();
   const Shape s{150, 40};
-  Array saved = saved_array(Epilogue::kGelu, Dtype::kF16, s);
+  Array saved = saved_array(LinearActivation::kGelu, Dtype::kF16, s);
   Data data(Dtype::kF16, Dtype::kF32, s);
   for (int64_t i = 0; i < saved.count(); ++i) saved.set(i, 0.01 * double(i % 300 - 150));
-  const auto bytes = backward_on_device(Epilogue::kGelu, Dtype::kF16, s, saved, false, true);
+  const auto bytes =
+      backward_on_device(LinearActivation::kGelu, Dtype::kF16, s, saved, false, true);
   const auto* db = reinterpret_cast<const uint16_t*>(bytes.data());
   for (int64_t j = 0; j < s.columns; ++j) {
     double sum = 0;
@@ -209,17 +211,17 @@ TEST_CASE("bytes an element of the epilogues", "[linear]") {
     body();
     return double(emulation::state().bytes_read + emulation::state().bytes_written) / elements;
   };
-  const auto forward = [&](Epilogue a, Dtype product) {
+  const auto forward = [&](LinearActivation a, Dtype product) {
     return bytes_of([&] { forward_on_device(a, Dtype::kF16, product, s, true); });
   };
-  const auto backward = [&](Epilogue a, bool dz) {
+  const auto backward = [&](LinearActivation a, bool dz) {
     const Array saved = saved_array(a, Dtype::kF16, s);
     return bytes_of([&] { backward_on_device(a, Dtype::kF16, s, saved, dz, true); });
   };
   // The bias is read once for 64 rows by each of eight warps, the sums are written and read once.
-  CHECK(std::fabs(forward(Epilogue::kGelu, Dtype::kF32) - 8.25) <= 0.01);
-  CHECK(std::fabs(forward(Epilogue::kRelu, Dtype::kF16) - 4.375) <= 0.01);
-  CHECK(std::fabs(backward(Epilogue::kGelu, true) - 6.125) <= 0.02);
-  CHECK(std::fabs(backward(Epilogue::kRelu, true) - 4.25) <= 0.02);
-  CHECK(std::fabs(backward(Epilogue::kNone, false) - 2.125) <= 0.02);
+  CHECK(std::fabs(forward(LinearActivation::kGelu, Dtype::kF32) - 8.25) <= 0.01);
+  CHECK(std::fabs(forward(LinearActivation::kRelu, Dtype::kF16) - 4.375) <= 0.01);
+  CHECK(std::fabs(backward(LinearActivation::kGelu, true) - 6.125) <= 0.02);
+  CHECK(std::fabs(backward(LinearActivation::kRelu, true) - 4.25) <= 0.02);
+  CHECK(std::fabs(backward(LinearActivation::kNone, false) - 2.125) <= 0.02);
 }

@@ -65,7 +65,7 @@ void close_mask(char* row, int64_t columns) {
   for (int64_t i = packs; i < math::mask_bytes(columns); ++i) row[i] = 0;
 }
 
-template <Epilogue kEpilogue, class Product, class Out>
+template <LinearActivation kActivation, class Product, class Out>
 void forward_rows(const LinearForward& work, int64_t begin, int64_t end) {
   using V = typename Out::V;
   for (int64_t r = begin; r < end; ++r) {
@@ -77,19 +77,19 @@ void forward_rows(const LinearForward& work, int64_t begin, int64_t end) {
       if (work.bias)
         h = h + Elements < sizeof(V) == sizeof(F64) ? Dtype::kF64
                                                     : Dtype::kF32 > ::load(work.bias, i, lanes);
-      Out::store(y, i, activate<kEpilogue>(h), lanes);
-      if constexpr (kEpilogue == Epilogue::kRelu) {
+      Out::store(y, i, activate<kActivation>(h), lanes);
+      if constexpr (kActivation == LinearActivation::kRelu) {
         if (saved) store_bits(saved, i, ~bits_of(is_closed(h)) & ((1u << lanes.count) - 1));
-      } else if constexpr (kEpilogue != Epilogue::kNone) {
+      } else if constexpr (kActivation != LinearActivation::kNone) {
         if (saved) Out::store(saved, i, h, lanes);
       }
     });
-    if (kEpilogue == Epilogue::kRelu && saved) close_mask(saved, work.columns);
+    if (kActivation == LinearActivation::kRelu && saved) close_mask(saved, work.columns);
   }
 }
 
 /// One block of rows; its column sums grow in place.
-template <Epilogue kEpilogue, class In, class Out>
+template <LinearActivation kActivation, class In, class Out>
 void backward_rows(const LinearBackward& work, int64_t begin, int64_t end, char* sums) {
   using V = typename In::V;
   using Wide = Elements<sizeof(V) == sizeof(F64) ? Dtype::kF64 : Dtype::kF32>;
@@ -99,27 +99,27 @@ void backward_rows(const LinearBackward& work, int64_t begin, int64_t end, char*
     char* dz = work.dz ? work.dz.row(r) : nullptr;
     for_each_pack(work.columns, [&](int64_t i, auto lanes) {
       V z = In::load(dy, i, lanes);
-      if constexpr (kEpilogue == Epilogue::kRelu)
+      if constexpr (kActivation == LinearActivation::kRelu)
         z = where_set(load_bits(saved, i), z);
-      else if constexpr (kEpilogue != Epilogue::kNone)
-        z = z * slope<kEpilogue>(V(In::load(saved, i, lanes)));
+      else if constexpr (kActivation != LinearActivation::kNone)
+        z = z * slope<kActivation>(V(In::load(saved, i, lanes)));
       if (sums) Wide::store(sums, i, r == begin ? z : V(Wide::load(sums, i, lanes)) + z, lanes);
       if (dz) Out::store(dz, i, z, lanes);
     });
   }
 }
 
-template <Epilogue kEpilogue, class In, class Out>
+template <LinearActivation kActivation, class In, class Out>
 void backward_blocks(const LinearBackward& work, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += math::kBiasRows) {
     const int64_t last = first + math::kBiasRows < end ? first + math::kBiasRows : end;
     char* sums = work.sums ? work.sums.row(first / math::kBiasRows) : nullptr;
-    backward_rows<kEpilogue, In, Out>(work, first, last, sums);
+    backward_rows<kActivation, In, Out>(work, first, last, sums);
   }
 }
 
 void forward(const LinearForward& work, int64_t begin, int64_t end) {
-  with_epilogue(work.activation, [&](auto activation) {
+  with_linear_activation(work.activation, [&](auto activation) {
     with_elements(work.y.dtype, [&](auto out) {
       using Out = decltype(out);
       using Wide = Elements<Out::dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32>;
@@ -132,7 +132,7 @@ void forward(const LinearForward& work, int64_t begin, int64_t end) {
 }
 
 void backward(const LinearBackward& work, int64_t begin, int64_t end) {
-  with_epilogue(work.activation, [&](auto activation) {
+  with_linear_activation(work.activation, [&](auto activation) {
     with_elements(work.dy.dtype, [&](auto in) {
       using In = decltype(in);
       using Wide = Elements<In::dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32>;

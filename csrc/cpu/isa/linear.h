@@ -7,7 +7,7 @@
 
 namespace halfstep::cpu {
 
-using math::Epilogue;
+using math::LinearActivation;
 
 /// Strides are bytes from one row to the next.
 struct Rows {
@@ -26,7 +26,7 @@ struct LinearForward {
   Rows product, y, saved;
   const void* bias = nullptr;
   int64_t columns = 0;
-  Epilogue activation = Epilogue::kNone;
+  LinearActivation activation = LinearActivation::kNone;
 };
 
 /// dz = dy act'(h), in dy's dtype or the compute type, and sums of its columns before any rounding:
@@ -34,7 +34,7 @@ struct LinearForward {
 struct LinearBackward {
   Rows dy, saved, dz, sums;
   int64_t columns = 0;
-  Epilogue activation = Epilogue::kNone;
+  LinearActivation activation = LinearActivation::kNone;
 };
 
 struct LinearKernels {
