@@ -10,6 +10,11 @@ rope = hs.functional.rope
 rope_ = torch.ops.halfstep.rope_
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def plain(x, cos, sin, interleaved=False):
     """The rotation in torch's own operations, in the dtype of x and the tables."""
     n = cos.shape[-1]
