@@ -33,13 +33,16 @@ HALFSTEP_FN V activate(const V& h) {
     return h;
 }
 
-/// The derivative at h, for activations that keep h.
+/// The derivative at h, for activations that keep h. It is 0 or 1 long before h leaves the range of
+/// 16 bits, so an infinite h, which may be a finite one that was rounded, has that slope too.
 template <LinearActivation kActivation, class V>
 HALFSTEP_FN V slope(const V& h) {
+  const V far = broadcast<V>(1000), end = select(h >= broadcast<V>(0), far, broadcast<V>(-1000));
+  const V bounded = select(abs(h) >= far, end, h);
   if constexpr (kActivation == LinearActivation::kGelu)
-    return gelu_slope(h);
+    return gelu_slope(bounded);
   else
-    return gelu_tanh_slope(h);
+    return gelu_tanh_slope(bounded);
 }
 
 /// Whether ReLU lets the gradient of h pass: not at zero, and NaN passes, as in torch.

@@ -45,8 +45,7 @@ def swap_layers_(model, exclude=()):
     ours, swapped, left, used = _ours(), {}, {}, set()
     named = list(model.named_modules())
     for name, module in named:
-        hit = [item for item in exclude if isinstance(module, item) if isinstance(item, type)] if any(isinstance(i, type) for i in exclude) else []
-        hit += [item for item in exclude if isinstance(item, str) and fnmatch.fnmatchcase(name, item)]
+        hit = [item for item in exclude if (isinstance(module, item) if isinstance(item, type) else fnmatch.fnmatchcase(name, item))]
         used.update(hit)
         stock = next((cls for cls in type(module).__mro__ if cls in ours), None)
         if stock is None or isinstance(module, ours[stock]):
