@@ -38,7 +38,8 @@ def test_every_op_with_a_cpu_kernel_has_a_cuda_kernel():
     torch.ops.load_library(LIBRARY)
     ops = sorted({s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("halfstep::")})
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert [op for op in ops if has(op, "CPU") and not has(op, "CUDA")] == []
+    # A composite kernel of ours (convolution) calls torch's op, on any device.
+    assert [op for op in ops if has(op, "CPU") and not has(op, "CUDA") and not has(op, "CompositeExplicitAutograd")] == []
     assert hs._library.cuda_architectures()
 
 
