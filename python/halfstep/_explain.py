@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ._ledger import ledger
 
@@ -47,16 +47,40 @@ def _floats(value):
     return []
 
 
-def _halfstep_flops(name, args):
-    """Products inside our own ops, which torch's table does not know."""
-    if name == "halfstep::linear":
-        x, w = args[:2]
-        return 2 * x.numel() * w.shape[0]
-    if name == "halfstep::linear_backward":
-        tensors = [t for t in _floats(args) if t.dim() >= 2]
-        w = min(tensors, key=lambda t: t.numel())
-        return 4 * tensors[0].numel() * w.shape[-1]
-    return 0
+def _products(count, wanted):
+    """`count` operations for each wanted result; a bias's gradient is a sum, not a product."""
+    return count * sum(map(bool, wanted))
+
+
+def _linear(x, weight, *rest, **_):
+    return 2 * x.numel() * weight.shape[0]
+
+
+def _linear_loss(x, weight, *rest, **_):
+    return _linear(x, weight) * (1 + sum(map(bool, rest[-1][:2])))  # the logits, and what is wanted of the gradients
+
+
+def _convolution(x, weight, grad, transposed):
+    return conv_flop_count(list(x.shape), list(weight.shape), list(grad.shape), transposed=transposed)
+
+
+def _attention(count, tensors):
+    return count(*[list(t.shape) for t in tensors])
+
+
+# Of ops that torch's table lacks: ours, and attention on the CPU. Arguments as in the schema, and the result.
+_FLOPS = {
+    "halfstep::linear": _linear,
+    "halfstep::linear_forward": _linear,
+    "halfstep::linear_backward": lambda dy, x, weight, saved, activation, wanted, *_, out: _products(_linear(x, weight), wanted[:2]),
+    "halfstep::linear_wgrad_": lambda into, dz, x, *_, out: 2 * x.numel() * dz.shape[-1],
+    "halfstep::linear_cross_entropy_forward": _linear_loss,
+    "halfstep::linear_cross_entropy_backward": lambda grad, x, weight, *rest, out: _linear_loss(x, weight, *rest),
+    "halfstep::convolution": lambda x, weight, *rest, out: _convolution(x, weight, out, rest[4]),
+    "halfstep::convolution_backward": lambda grad, x, weight, *rest, out: _products(_convolution(x, weight, grad, rest[4]), (rest[-1][0], True)),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, out: _attention(sdpa_flop_count, (q, k, v)),
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda grad, q, k, v, *_, out: _attention(sdpa_backward_flop_count, (grad, q, k, v)),
+}
 
 
 class Watch(TorchDispatchMode):
@@ -88,10 +112,14 @@ class Watch(TorchDispatchMode):
         layer = self.layers[self._stack[-1] if self._stack else ""]
         name, packet = func._schema.name, func._overloadpacket
         read = _floats(args)
-        flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out) if packet in flop_registry else _halfstep_flops(name, args)
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        else:
+            flops = _FLOPS[name](*args, out=out) if name in _FLOPS else 0
         if flops:
             backward = torch._C._current_autograd_node() is not None
-            (layer.backward_flops if backward else layer.flops)[read[0].dtype] += flops
+            dtype = min((t.dtype for t in read if t.dim() >= 2), key=lambda d: d.itemsize)  # the operands': beside them may stand a wider bias
+            (layer.backward_flops if backward else layer.flops)[dtype] += flops
         if name in _CASTS and read and isinstance(out, torch.Tensor) and out.is_floating_point() and out.dtype != read[0].dtype:
             layer.casts += 1
             layer.cast_bytes += read[0].nbytes + out.nbytes

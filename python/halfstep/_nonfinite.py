@@ -63,7 +63,7 @@ def find_nonfinite(model, run, optimizers=None):
     """
     finder = _C.NonFiniteFinder([(name, p) for name, p in model.named_parameters()])
     try:
-        with _named(finder, model, _optimizers(optimizers)), _eager():
+        with _named(finder, model, _optimizers(optimizers)), torch.compiler.set_stance("force_eager"):
             run()
     finally:
         found = finder.finish()
@@ -73,9 +73,3 @@ def find_nonfinite(model, run, optimizers=None):
     fields = {name: getattr(found, name) for name in NonFinite.__dataclass_fields__ if name not in ("rank", "message", "index")}
     return NonFinite(**fields, index=tuple(found.index), rank=rank, message=(f"rank {rank}: " if rank is not None else "") + str(found))
 
-
-@contextlib.contextmanager
-def _eager():
-    before = torch.compiler.set_stance("force_eager")
-    with before:
-        yield

@@ -91,7 +91,7 @@ class AdaLoss(torch.nn.Sequential):
         """As torch.nn.Sequential, forward; the gradients are its too, but for what no longer falls below the range."""
         if not torch.is_grad_enabled():
             return super().forward(x)
-        if self._seen or not self._scales:
+        if self._seen or any(s.device != x.device for s in self._scales.values()) or not self._scales:
             self._refresh(x.device)
         behind, carried = self._carried()
         watching = self._forwards % self._every == 0

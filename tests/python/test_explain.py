@@ -55,6 +55,40 @@ def test_operations_are_those_counted_by_hand():
     assert look("mixed").flops()["FP16"] == (forward, backward)
 
 
+def counted(model, batch, loss, arm="fp32"):
+    arm = hs.Arm.parse(arm)
+    arm.apply(model)
+    return Look(arm, hs.Job(model, arm.optimizer(torch.optim.SGD, model.named_parameters(), lr=0.1), [batch], loss, lambda m: {"accuracy": 0.0})).flops()
+
+
+@pytest.mark.parametrize("arm", ["fp32", "mixed"])
+def test_halfsteps_layers_are_counted_as_torchs(arm):
+    class Heads(nn.Module):
+        def forward(self, x):
+            q = x.flatten(2).unflatten(1, (2, 4))
+            return nn.functional.scaled_dot_product_attention(q, q, q).flatten(1)
+
+    make = lambda: nn.Sequential(nn.Conv2d(3, 8, 3, groups=1), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, stride=2), Heads(), nn.Linear(8 * 144, 20))
+    batch, loss = torch.randn(2, 3, 8, 8), lambda m, b: m(b).float().sum()
+    stock, ours = make(), make()
+    assert len(hs.swap_layers_(ours).swapped) == 3
+    assert counted(stock, batch, loss, arm) == counted(ours, batch, loss, arm)
+
+
+def test_a_linear_layer_with_its_loss_is_counted_by_its_products():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(6, 16), hs.nn.LinearCrossEntropyLoss(16, 50)
+
+        def forward(self, x, y):
+            return self.head(self.first(x), y)
+
+    one, first = 2 * 32 * 16 * 50, 2 * 32 * 6 * 16
+    found = counted(Net(), (torch.randn(32, 6), torch.randint(50, (32,))), lambda m, b: m(*b))
+    assert found == {"FP32": (first + 3 * one, first)}  # the logits and both gradients in the forward
+
+
 def test_the_ledger_is_the_sum_of_distinct_storages():
     found = look("mixed")
     count16, count32 = 64 * 128 + 128 + 128 * 10 + 10, 2 * 128
