@@ -1,8 +1,9 @@
 #pragma once
 
-// What the CPU glue shares: the division of work over threads.
+// What the CPU glue shares: the division of work over threads, and numbers held in tensors.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <vector>
@@ -10,6 +11,12 @@
 #include "isa/kernels.h"
 
 namespace halfstep::cpu {
+
+/// The one element of a float32 or float64 tensor.
+inline double number(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? *tensor.const_data_ptr<double>()
+                                             : double(*tensor.const_data_ptr<float>());
+}
 
 /// Blocks of math::kBlock elements of many tensors, numbered in one run, so that threads share the
 /// work by blocks and not by tensors. Results never depend on how the blocks are divided.

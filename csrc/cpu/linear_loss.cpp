@@ -176,15 +176,7 @@ Forms forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& t
   chunks.run(
       [&](int64_t) { return factor; },
       [&](int64_t first, const at::Tensor& dx) { grad_x.narrow(0, first, dx.size(0)).copy_(dx); });
-  at::Tensor loss = chunks.losses;
-  if (reduction != Reduction::kNone) {
-    const auto* rows = chunks.losses.const_data_ptr<double>();
-    double sum = 0;
-    for (int64_t i = 0; i < x.size(0); ++i) sum += rows[i];
-    loss = at::empty({}, chunks.losses.options());
-    *loss.mutable_data_ptr<double>() = reduction == Reduction::kMean ? sum / total : sum;
-  }
-  return {loss.to(ops::wide_type(x)), or_empty(grad_x, x, type),
+  return {reduced(chunks.losses, reduction, total).to(ops::wide_type(x)), or_empty(grad_x, x, type),
           or_empty(chunks.grad_weight, x, type), or_empty(chunks.grad_bias, x, type)};
 }
 

@@ -10,11 +10,6 @@ namespace halfstep::cpu {
 using ops::OptionalTensor;
 using ops::Reduction;
 
-double number(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? *tensor.const_data_ptr<double>()
-                                             : double(*tensor.const_data_ptr<float>());
-}
-
 at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
   constexpr uintptr_t kHuge = uintptr_t(1) << 21;
   at::Tensor tensor = at::empty(sizes, options);
@@ -59,12 +54,18 @@ double LossProblem::total() const {
   return total;
 }
 
+at::Tensor reduced(const at::Tensor& losses, Reduction reduction, double total) {
+  if (reduction == Reduction::kNone) return losses;
+  const auto* rows = losses.const_data_ptr<double>();
+  double sum = 0;
+  for (int64_t i = 0; i < losses.numel(); ++i) sum += rows[i];
+  at::Tensor out = at::empty({}, losses.options());
+  *out.mutable_data_ptr<double>() = reduction == Reduction::kMean ? sum / total : sum;
+  return out;
+}
+
 namespace {
 
-/// Rows of which each is one run in memory.
-at::Tensor runs(const at::Tensor& rows) {
-  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
-}
 const char* row_of(const at::Tensor& rows, int64_t i) {
   return static_cast<const char*>(rows.const_data_ptr()) +
          i * rows.stride(0) * int64_t(rows.element_size());
@@ -85,7 +86,7 @@ Forward cross_entropy_forward(const at::Tensor& given_logits, const at::Tensor& 
   ops::check_rows(kOp, given_logits, target);
   ops::check_loss_options(kOp, "weight", "logits", given_logits, given_logits.size(1), weight,
                           smoothing, z_loss, grad_scale);
-  const at::Tensor logits = runs(given_logits);
+  const at::Tensor logits = ops::runs(given_logits);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const LossProblem problem(kOp, logits, classes, target, weight, ignore_index, smoothing, z_loss);
   const auto options = logits.options().dtype(ops::wide_type(logits));
@@ -121,17 +122,7 @@ Forward cross_entropy_forward(const at::Tensor& given_logits, const at::Tensor& 
     walk(stats.mutable_data_ptr<float>());
   at::Tensor total_out = at::empty({}, options.dtype(at::kDouble));
   *total_out.mutable_data_ptr<double>() = total;
-  at::Tensor out;
-  if (reduction == Reduction::kNone) {
-    out = losses.to(options.dtype());
-  } else {
-    double sum = 0;
-    for (int64_t i = 0; i < rows; ++i) sum += loss[i];
-    at::Tensor one = at::empty({}, options.dtype(at::kDouble));
-    *one.mutable_data_ptr<double>() = reduction == Reduction::kMean ? sum / total : sum;
-    out = one.to(options.dtype());
-  }
-  return {out, stats, total_out, grad};
+  return {reduced(losses, reduction, total).to(options.dtype()), stats, total_out, grad};
 }
 
 at::Tensor cross_entropy_backward(const at::Tensor& given_grad, const at::Tensor& given_logits,
@@ -145,7 +136,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& given_grad, const at::Tensor
   ops::check_loss_options(kOp, "weight", "logits", given_logits, given_logits.size(1), weight,
                           smoothing, z_loss, {});
   ops::check_grad_output(kOp, given_grad, given_logits, reduction == Reduction::kNone);
-  const at::Tensor logits = runs(given_logits), stats = given_stats.contiguous();
+  const at::Tensor logits = ops::runs(given_logits), stats = given_stats.contiguous();
   const int64_t rows = logits.size(0), classes = logits.size(1);
   const LossProblem problem(kOp, logits, classes, target, weight, ignore_index, smoothing, z_loss);
   const at::Tensor grad_output = given_grad.contiguous();

@@ -32,6 +32,8 @@ inline int64_t row_grain(int64_t classes) { return std::max<int64_t>(1, 32768 / 
 /// were written for the first time.
 at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-double number(const at::Tensor& tensor);
+/// The losses of the rows (float64), added in order where they are asked for as one number; `total`
+/// divides their mean.
+at::Tensor reduced(const at::Tensor& losses, ops::Reduction reduction, double total);
 
 }  // namespace halfstep::cpu

@@ -147,45 +147,8 @@ ops::NormOutputs norm_backward(const char* op, const Tensor& grad_y,
   return out;
 }
 
-ops::NormOutputs layer_norm(const Tensor& x, c10::SymIntArrayRef shape,
-                            const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                            const OptionalTensor& residual) {
-  return norm("layer_norm", x, shape, weight, bias, eps, 0, residual, true);
-}
-ops::NormOutputs layer_norm_backward(const Tensor& grad_y, const OptionalTensor& grad_residual_out,
-                                     const Tensor& input, c10::SymIntArrayRef shape,
-                                     const OptionalTensor& weight, const OptionalTensor& bias,
-                                     const Tensor& mean, const Tensor& rstd,
-                                     std::array<bool, 4> mask) {
-  return norm_backward("layer_norm_backward", grad_y, grad_residual_out, input, shape, weight, bias,
-                       0, mean, rstd, mask);
-}
-std::tuple<Tensor, Tensor, Tensor> rms_norm(const Tensor& x, c10::SymIntArrayRef shape,
-                                            const OptionalTensor& weight, double eps,
-                                            double weight_offset, const OptionalTensor& residual) {
-  auto [y, residual_out, mean, rstd] =
-      norm("rms_norm", x, shape, weight, std::nullopt, eps, weight_offset, residual, false);
-  return {y, residual_out, rstd};
-}
-std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(const Tensor& grad_y,
-                                                     const OptionalTensor& grad_residual_out,
-                                                     const Tensor& input, c10::SymIntArrayRef shape,
-                                                     const OptionalTensor& weight,
-                                                     double weight_offset, const Tensor& rstd,
-                                                     std::array<bool, 3> mask) {
-  auto [grad_x, grad_residual, grad_weight, grad_bias] = norm_backward(
-      "rms_norm_backward", grad_y, grad_residual_out, input, shape, weight, std::nullopt,
-      weight_offset, std::nullopt, rstd, {mask[0], mask[1], mask[2], false});
-  return {grad_x, grad_residual, grad_weight};
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(halfstep, CPU, m) {
-  m.impl("layer_norm", layer_norm);
-  m.impl("layer_norm_backward", layer_norm_backward);
-  m.impl("rms_norm", rms_norm);
-  m.impl("rms_norm_backward", rms_norm_backward);
-}
+TORCH_LIBRARY_IMPL(halfstep, CPU, m) { ops::NormOps<norm, norm_backward>::add_to(m); }
 
 }  // namespace halfstep::cpu

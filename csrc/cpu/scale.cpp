@@ -7,15 +7,11 @@
 #include <cmath>
 
 #include "../ops/check.h"
+#include "common.h"
 
 namespace halfstep::cpu {
 
 namespace {
-
-double number(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? *tensor.const_data_ptr<double>()
-                                             : double(*tensor.const_data_ptr<float>());
-}
 
 void advance(const char* op, const at::Tensor& scale, const at::Tensor& state,
              const at::Tensor& found_inf, const at::Tensor& policy, at::TensorList stats,

@@ -38,21 +38,17 @@ cublasLtEpilogue_t epilogue_of(Epilogue epilogue) {
   }
 }
 
+#define HALFSTEP_LT_FUNCTIONS(each)                                                        \
+  each(Create) each(MatmulDescCreate) each(MatmulDescDestroy) each(MatmulDescSetAttribute) \
+      each(MatrixLayoutCreate) each(MatrixLayoutDestroy) each(MatmulPreferenceCreate)      \
+          each(MatmulPreferenceDestroy) each(MatmulPreferenceSetAttribute)                 \
+              each(MatmulAlgoGetHeuristic) each(Matmul)
+
 /// The functions, from the library that torch brings: nothing here is linked against it, and a
 /// process without it computes unfused.
 struct Functions {
-#define HALFSTEP_LT(name) decltype(&::cublasLt##name) name = nullptr
-  HALFSTEP_LT(Create);
-  HALFSTEP_LT(MatmulDescCreate);
-  HALFSTEP_LT(MatmulDescDestroy);
-  HALFSTEP_LT(MatmulDescSetAttribute);
-  HALFSTEP_LT(MatrixLayoutCreate);
-  HALFSTEP_LT(MatrixLayoutDestroy);
-  HALFSTEP_LT(MatmulPreferenceCreate);
-  HALFSTEP_LT(MatmulPreferenceDestroy);
-  HALFSTEP_LT(MatmulPreferenceSetAttribute);
-  HALFSTEP_LT(MatmulAlgoGetHeuristic);
-  HALFSTEP_LT(Matmul);
+#define HALFSTEP_LT(name) decltype(&::cublasLt##name) name = nullptr;
+  HALFSTEP_LT_FUNCTIONS(HALFSTEP_LT)
 #undef HALFSTEP_LT
 
   bool load() {
@@ -65,18 +61,8 @@ struct Functions {
           reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, symbol));
       all = all && function;
     };
-#define HALFSTEP_LT(name) find(name, "cublasLt" #name)
-    HALFSTEP_LT(Create);
-    HALFSTEP_LT(MatmulDescCreate);
-    HALFSTEP_LT(MatmulDescDestroy);
-    HALFSTEP_LT(MatmulDescSetAttribute);
-    HALFSTEP_LT(MatrixLayoutCreate);
-    HALFSTEP_LT(MatrixLayoutDestroy);
-    HALFSTEP_LT(MatmulPreferenceCreate);
-    HALFSTEP_LT(MatmulPreferenceDestroy);
-    HALFSTEP_LT(MatmulPreferenceSetAttribute);
-    HALFSTEP_LT(MatmulAlgoGetHeuristic);
-    HALFSTEP_LT(Matmul);
+#define HALFSTEP_LT(name) find(name, "cublasLt" #name);
+    HALFSTEP_LT_FUNCTIONS(HALFSTEP_LT)
 #undef HALFSTEP_LT
     return all;
   }

@@ -55,10 +55,6 @@ at::Tensor reduced(const char* op, const Place& place, const at::Tensor& losses,
 
 namespace {
 
-at::Tensor runs(const at::Tensor& rows) {
-  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward(
     const at::Tensor& given_logits, const at::Tensor& target, const OptionalTensor& weight,
     int64_t ignore_index, std::string_view name, double smoothing, double z_loss,
@@ -69,7 +65,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_forward
   ops::check_loss_options(kOp, "weight", "logits", given_logits, given_logits.size(1), weight,
                           smoothing, z_loss, grad_scale);
   const Place place(given_logits);
-  const at::Tensor logits = runs(given_logits);
+  const at::Tensor logits = ops::runs(given_logits);
   const LossCall call(kOp, place, logits, logits.size(1), target, weight, ignore_index, smoothing,
                       z_loss);
   const auto options = logits.options().dtype(ops::wide_type(logits));
@@ -103,7 +99,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& given_grad, const at::Tensor
                           smoothing, z_loss, {});
   ops::check_grad_output(kOp, given_grad, given_logits, reduction == Reduction::kNone);
   const Place place(given_logits);
-  const at::Tensor logits = runs(given_logits), stats = given_stats.contiguous();
+  const at::Tensor logits = ops::runs(given_logits), stats = given_stats.contiguous();
   const at::Tensor grad_output = given_grad.contiguous();
   const LossCall call(kOp, place, logits, logits.size(1), target, weight, ignore_index, smoothing,
                       z_loss);

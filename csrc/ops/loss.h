@@ -30,6 +30,11 @@ inline at::ScalarType wide_type(const at::Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+/// Rows of which each is one run in memory.
+inline at::Tensor runs(const at::Tensor& rows) {
+  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
+}
+
 inline void check_target(const char* op, const char* name, const at::Tensor& rows,
                          const at::Tensor& target) {
   TORCH_CHECK(target.scalar_type() == at::kLong, op, ": target is ", describe(target),

@@ -80,33 +80,18 @@ Three call_rms_norm_backward(const Tensor& grad_y, const OptionalTensor& grad_re
 }
 
 // ---- Meta --------------------------------------------------------------------------------------
-Four layer_norm_meta(const Tensor& x, Shape shape, const OptionalTensor& weight,
-                     const OptionalTensor& bias, double eps, const OptionalTensor& residual) {
-  const NormSizes sizes = check_norm("layer_norm", x, shape, weight, bias, eps, residual);
-  return empty_norm_outputs(x, residual, sizes, true);
+Four norm_meta(const char* op, const Tensor& x, Shape shape, const OptionalTensor& weight,
+               const OptionalTensor& bias, double eps, double, const OptionalTensor& residual,
+               bool centred) {
+  const NormSizes sizes = check_norm(op, x, shape, weight, bias, eps, residual);
+  return empty_norm_outputs(x, residual, sizes, centred);
 }
-Four layer_norm_backward_meta(const Tensor& grad_y, const OptionalTensor& grad_residual_out,
-                              const Tensor& input, Shape shape, const OptionalTensor& weight,
-                              const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
-                              std::array<bool, 4> mask) {
-  check_norm_backward("layer_norm_backward", grad_y, grad_residual_out, input, shape, weight, bias,
-                      mean, rstd);
+Four norm_backward_meta(const char* op, const Tensor& grad_y,
+                        const OptionalTensor& grad_residual_out, const Tensor& input, Shape shape,
+                        const OptionalTensor& weight, const OptionalTensor& bias, double,
+                        const OptionalTensor& mean, const Tensor& rstd, std::array<bool, 4> mask) {
+  check_norm_backward(op, grad_y, grad_residual_out, input, shape, weight, bias, mean, rstd);
   return empty_norm_gradients(grad_y, input, weight, bias, mask);
-}
-Three rms_norm_meta(const Tensor& x, Shape shape, const OptionalTensor& weight, double eps, double,
-                    const OptionalTensor& residual) {
-  const NormSizes sizes = check_norm("rms_norm", x, shape, weight, std::nullopt, eps, residual);
-  auto [y, residual_out, mean, rstd] = empty_norm_outputs(x, residual, sizes, false);
-  return {y, residual_out, rstd};
-}
-Three rms_norm_backward_meta(const Tensor& grad_y, const OptionalTensor& grad_residual_out,
-                             const Tensor& input, Shape shape, const OptionalTensor& weight, double,
-                             const Tensor& rstd, std::array<bool, 3> mask) {
-  check_norm_backward("rms_norm_backward", grad_y, grad_residual_out, input, shape, weight,
-                      std::nullopt, std::nullopt, rstd);
-  auto [grad_x, grad_residual, grad_weight, grad_bias] =
-      empty_norm_gradients(grad_y, input, weight, std::nullopt, {mask[0], mask[1], mask[2], false});
-  return {grad_x, grad_residual, grad_weight};
 }
 
 // ---- Autograd ----------------------------------------------------------------------------------
@@ -274,12 +259,7 @@ TORCH_LIBRARY_FRAGMENT(halfstep, m) {
   for (const char* schema : kSchemas) m.def(schema, {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(halfstep, Meta, m) {
-  m.impl("layer_norm", layer_norm_meta);
-  m.impl("layer_norm_backward", layer_norm_backward_meta);
-  m.impl("rms_norm", rms_norm_meta);
-  m.impl("rms_norm_backward", rms_norm_backward_meta);
-}
+TORCH_LIBRARY_IMPL(halfstep, Meta, m) { NormOps<norm_meta, norm_backward_meta>::add_to(m); }
 TORCH_LIBRARY_IMPL(halfstep, Autograd, m) {
   m.impl("layer_norm", layer_norm_autograd);
   m.impl("layer_norm_backward", layer_norm_backward_autograd);

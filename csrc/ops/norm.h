@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <torch/library.h>
 
 #include <array>
 #include <optional>
@@ -147,5 +148,54 @@ inline NormOutputs empty_norm_gradients(const at::Tensor& grad_y, const at::Tens
           like(mask[2] && weight, weight ? *weight : grad_y),
           like(mask[3] && bias, bias ? *bias : grad_y)};
 }
+
+/// The four ops of one backend, from its two functions:
+///   kForward(op, x, normalized_shape, weight, bias, eps, weight_offset, residual, centred)
+///   kBackward(op, grad_y, grad_residual_out, input, normalized_shape, weight, bias,
+///             weight_offset, mean, rstd, mask)
+template <auto kForward, auto kBackward>
+struct NormOps {
+  using Tensor = at::Tensor;
+  using OptionalTensor = std::optional<at::Tensor>;
+  using Shape = c10::SymIntArrayRef;
+  using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+  static NormOutputs layer_norm(const Tensor& x, Shape shape, const OptionalTensor& weight,
+                                const OptionalTensor& bias, double eps,
+                                const OptionalTensor& residual) {
+    return kForward("layer_norm", x, shape, weight, bias, eps, 0, residual, true);
+  }
+  static NormOutputs layer_norm_backward(const Tensor& grad_y,
+                                         const OptionalTensor& grad_residual_out,
+                                         const Tensor& input, Shape shape,
+                                         const OptionalTensor& weight, const OptionalTensor& bias,
+                                         const Tensor& mean, const Tensor& rstd,
+                                         std::array<bool, 4> mask) {
+    return kBackward("layer_norm_backward", grad_y, grad_residual_out, input, shape, weight, bias,
+                     0, mean, rstd, mask);
+  }
+  static Three rms_norm(const Tensor& x, Shape shape, const OptionalTensor& weight, double eps,
+                        double weight_offset, const OptionalTensor& residual) {
+    auto [y, residual_out, mean, rstd] =
+        kForward("rms_norm", x, shape, weight, std::nullopt, eps, weight_offset, residual, false);
+    return {y, residual_out, rstd};
+  }
+  static Three rms_norm_backward(const Tensor& grad_y, const OptionalTensor& grad_residual_out,
+                                 const Tensor& input, Shape shape, const OptionalTensor& weight,
+                                 double weight_offset, const Tensor& rstd,
+                                 std::array<bool, 3> mask) {
+    auto [grad_x, grad_residual, grad_weight, grad_bias] = kBackward(
+        "rms_norm_backward", grad_y, grad_residual_out, input, shape, weight, std::nullopt,
+        weight_offset, std::nullopt, rstd, {mask[0], mask[1], mask[2], false});
+    return {grad_x, grad_residual, grad_weight};
+  }
+
+  static void add_to(torch::Library& m) {
+    m.impl("layer_norm", layer_norm);
+    m.impl("layer_norm_backward", layer_norm_backward);
+    m.impl("rms_norm", rms_norm);
+    m.impl("rms_norm_backward", rms_norm_backward);
+  }
+};
 
 }  // namespace halfstep::ops
