@@ -25,7 +25,7 @@ using Compute = std::conditional_t<kDtype == Dtype::kF64, double, float>;
 //   Nothing is shared, so registers alone bound the occupancy. Elements do not depend on each
 //   other: bit-equal in any order, and to the CPU's kernels (FP64: exp and erfc are the
 //   platform's). The count of overflows is a sum of integers.
-// Tests: tests/emulation/activation_test.cpp, tests/gpu/test_activation.py.
+// Tests: tests/emulation/activation_test.cpp, tests/gpu/test_activation_cuda.py.
 
 /// body(row, i, lanes) for the groups of this thread.
 template <class Body>
@@ -151,7 +151,7 @@ int64_t blocks_for(const Spans& spans) {
 //   Bias gradient: the mask goes to scratch, a bit an element; then a thread sums one column of 64
 //   rows in FP32, in order (2.1 bytes an element more), and the blocks of rows are summed in FP64,
 //   in order: bit-equal to the CPU's kernels.
-// Tests: tests/emulation/activation_test.cpp, tests/gpu/test_activation.py.
+// Tests: tests/emulation/activation_test.cpp, tests/gpu/test_activation_cuda.py.
 
 constexpr int kRuns = 4, kRunStride = 16, kHalf = 32;
 

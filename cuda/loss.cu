@@ -19,7 +19,7 @@ namespace {
 //   backward: 2 read, 2 written. rescale: 2 and 2, or nothing.
 // No atomics; sums in one fixed order, so two runs agree to the bit; the CPU to the last place.
 // A label that is no class is never an address: its row is NaN. 64-bit offsets.
-// Tests: tests/emulation/loss_test.cpp, tests/gpu/test_loss.py.
+// Tests: tests/emulation/loss_test.cpp, tests/gpu/test_loss_cuda.py.
 
 constexpr int kGroup = 8;
 constexpr int kCache = 40960;

@@ -25,7 +25,7 @@ namespace {
 //   of BF16 and FP32, whose squares may leave FP32), then in FP64 over warps in order. Sums over
 //   rows: FP32 over at most 64 rows of a unit, then FP64 over units in order. Units depend on the
 //   sizes alone, so nothing depends on the grid; no atomics.
-// Tests: tests/emulation/norm_test.cpp, tests/gpu/test_norm.py.
+// Tests: tests/emulation/norm_test.cpp, tests/gpu/test_norm_cuda.py.
 
 constexpr int kElements = 8;  ///< consecutive elements of a thread
 constexpr int kSlices = 8;    ///< of the units, added side by side at the end

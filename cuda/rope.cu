@@ -17,7 +17,7 @@ namespace {
 //   one write, 4 bytes an FP16 element, and the tables, 8 bytes a pair in FP32, which neighbouring
 //   rows share where they are broadcast, so that they come from the cache.
 //   No sum runs over elements: the bits are those of the CPU.
-// Tests: tests/emulation/rope_test.cpp, tests/gpu/test_softmax.py.
+// Tests: tests/emulation/rope_test.cpp, tests/gpu/test_softmax_cuda.py.
 
 constexpr int kPairs = 8;
 

@@ -21,7 +21,7 @@ namespace {
 //   A thread owns groups of 8 neighbours: 16-byte accesses where the row begins on 16 bytes.
 //   Sums: FP32 for a group, then FP64, lanes and warps in one fixed tree: the bits depend on the
 //   length of the row and on nothing else.
-// Tests: tests/emulation/softmax_test.cpp, tests/gpu/test_softmax.py.
+// Tests: tests/emulation/softmax_test.cpp, tests/gpu/test_softmax_cuda.py.
 
 constexpr int kGroup = 8;
 

@@ -5,7 +5,7 @@
 //   2^10 (less where class weights are above 1): below 2^16, and not zero down to 2^-34. What
 //   arrives is brought in after the products, in FP32. Rows of a chunk: kBudget bytes of logits,
 //   2,048 at least where there are so many. Nothing waits for the device.
-//   Tests: tests/gpu/test_loss.py.
+//   Tests: tests/gpu/test_loss_cuda.py.
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/amax.h>
