@@ -267,7 +267,9 @@ __global__ void __launch_bounds__(kThreads) column_totals_kernel(DropoutArgument
     double total = 0;
     for (int64_t block = 0; block < blocks; ++block)
       total += double(read(static_cast<const T*>(a.partials) + block * a.width + column));
-    write_floats<T, 1>(a.bias_gradient, kDtype, column, 1, {{T(total)}});
+    // To odd on the way to 16 bits: the second rounding is then the only one that counts.
+    const T sum = math::dtype_size(kDtype) == 2 ? T(math::round_to_odd(total)) : T(total);
+    write_floats<T, 1>(a.bias_gradient, kDtype, column, 1, {{sum}});
   }
 }
 

@@ -172,7 +172,9 @@ __global__ void __launch_bounds__(kThreads)
     if (dtype == Dtype::kF64) {
       write_floats(out, dtype, column, 1, one);
     } else {
-      const Group<float, 1> single = {{float(sum)}};
+      // To odd on the way to 16 bits: the second rounding is then the only one that counts.
+      const Group<float, 1> single = {
+          {dtype_size(dtype) == 2 ? math::round_to_odd(sum) : float(sum)}};
       write_floats(out, dtype, column, 1, single);
     }
   }

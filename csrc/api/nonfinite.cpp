@@ -111,28 +111,36 @@ std::string owner(const std::string& parameter) {
   return dot == std::string::npos ? "" : parameter.substr(0, dot);
 }
 
+struct Node {
+  std::string name;
+  int64_t sequence;
+};
+/// Autograd nodes that run in this thread now.
+std::vector<Node>& nodes() {
+  thread_local std::vector<Node> running;
+  return running;
+}
+/// Ops within ops that run in this thread now.
+int& depth() {
+  thread_local int count = 0;
+  return count;
+}
+
+/// One op or node from start to end. Both counts above go back with it, whatever ends it.
 struct Seen : at::ObserverContext {
+  Seen() = default;
+  Seen(const Seen&) = delete;
+  Seen& operator=(const Seen&) = delete;
+  ~Seen() override {
+    if (counted) --depth();
+    if (is_node) nodes().pop_back();
+  }
   std::string op;
   std::vector<Argument> arguments;
   std::vector<std::string> returned;  // names of the schema's results, mostly empty
   Content worst = Content::kFinite;
   bool counted = false, observed = false, is_node = false;
 };
-
-struct Node {
-  std::string name;
-  int64_t sequence;
-};
-/// Ops within ops that run in this thread now.
-int& depth() {
-  thread_local int count = 0;
-  return count;
-}
-/// Autograd nodes that run in this thread now.
-std::vector<Node>& nodes() {
-  thread_local std::vector<Node> running;
-  return running;
-}
 
 }  // namespace
 
@@ -213,15 +221,12 @@ struct NonFiniteFinder::State {
       if (a.read) seen.worst = std::max(seen.worst, content(a.tensor));
     seen.observed = true;
     const std::lock_guard<std::mutex> lock(mutex);
-    if (nodes().empty() && fn.seqNr() >= 0) made_by[fn.seqNr()] = place(seen.arguments);
+    if (!nodes().empty() || fn.seqNr() < 0) return;
+    after_backward = false;  // recorded for autograd: another forward
+    made_by[fn.seqNr()] = place(seen.arguments);
   }
 
   void end(const at::RecordFunction& fn, Seen& seen) {
-    if (seen.is_node) {
-      if (!nodes().empty()) nodes().pop_back();
-      return;
-    }
-    if (seen.counted) --depth();
     if (!seen.observed) return;
     const Unseen unseen;
     std::vector<Argument> results;

@@ -195,7 +195,11 @@ std::tuple<at::Tensor, at::Tensor> bias_dropout_add_backward(const at::Tensor& g
     add_rows<double>(partials, totals.mutable_data_ptr<double>());
   else
     add_rows<float>(partials, totals.mutable_data_ptr<double>());
-  return {dx, totals.to(grad.scalar_type())};
+  at::Tensor dbias = at::empty({totals.size(0)}, grad.options());
+  const auto* rows = totals.const_data_ptr<double>();
+  for (int64_t c = 0; c < totals.size(0); ++c)
+    math::store_rounded(dbias.mutable_data_ptr(), dtype, c, rows[c]);
+  return {dx, dbias};
 }
 
 }  // namespace

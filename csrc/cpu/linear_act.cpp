@@ -35,16 +35,6 @@ using ops::Gradients;
 using ops::OptionalName;
 using ops::OptionalTensor;
 
-at::ScalarType wide_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-bool is_sixteen(const at::Tensor& x) { return x.element_size() == 2; }
-
-at::Tensor as_rows(const at::Tensor& x) {
-  const int64_t columns = x.size(-1);
-  return x.reshape({ops::row_count(x).expect_int(), columns});
-}
-
 /// A matrix whose rows are contiguous, as a kernel sees it.
 Rows rows_of(const at::Tensor& matrix) {
   return {matrix.data_ptr(), matrix.stride(0) * int64_t(matrix.element_size()),
@@ -72,7 +62,7 @@ void run_rows(const Kernel& kernel, const Work& work, int64_t begin, int64_t end
 class Operand {
  public:
   Operand(const at::Tensor& like, int64_t numel) {
-    if (is_sixteen(like)) wide_.emplace(numel);
+    if (ops::is_sixteen(like.scalar_type())) wide_.emplace(numel);
   }
   at::Tensor operator()(const at::Tensor& piece) const { return wide_ ? (*wide_)(piece) : piece; }
 
@@ -83,7 +73,7 @@ class Operand {
 class Room {
  public:
   Room(const at::Tensor& like, int64_t numel) {
-    if (wide_type(like) == at::kFloat)
+    if (ops::wide_type(like) == at::kFloat)
       wide_.emplace(numel);
     else
       memory_ = at::empty({numel}, like.options());
@@ -132,7 +122,7 @@ void forward_wide(const at::Tensor& x, const at::Tensor& weight, const OptionalT
   const Operand wide_weight(weight, tile.columns * k), wide_x(x, tile.rows * k);
   const Room room(x, tile.rows * tile.columns);
   at::Tensor wide_bias;
-  if (bias) wide_bias = bias->to(wide_type(x)).contiguous();
+  if (bias) wide_bias = bias->to(ops::wide_type(x)).contiguous();
   for (int64_t j = 0; j < n; j += tile.columns) {
     const int64_t columns = std::min(tile.columns, n - j);
     const at::Tensor b = wide_weight(weight.narrow(0, j, columns)).t();
@@ -156,7 +146,7 @@ void forward_wide(const at::Tensor& x, const at::Tensor& weight, const OptionalT
 }
 
 bool is_narrow(const at::Tensor& x, LinearActivation activation) {
-  return is_sixteen(x) && ops::has_unit(x.scalar_type()) &&
+  return ops::is_sixteen(x.scalar_type()) && ops::has_unit(x.scalar_type()) &&
          (activation <= LinearActivation::kRelu || x.scalar_type() == at::kBFloat16);
 }
 
@@ -167,12 +157,12 @@ Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTen
   Forward out;
   out.saved = ops::empty_saved(x, weight, saves ? activation : LinearActivation::kNone);
   const bool is_plain = activation == LinearActivation::kNone && same_bias;
-  if (is_plain && (!is_sixteen(x) || is_narrow(x, activation))) {
+  if (is_plain && (!ops::is_sixteen(x.scalar_type()) || is_narrow(x, activation))) {
     out.y = at::linear(x, weight, bias).contiguous();
     return out;
   }
   if (same_bias && is_narrow(x, activation)) {
-    const at::Tensor product = as_rows(at::linear(x, weight, bias)).contiguous();
+    const at::Tensor product = ops::as_rows(at::linear(x, weight, bias)).contiguous();
     LinearForward work;
     work.product = rows_of(product);
     work.columns = weight.size(0);
@@ -189,7 +179,7 @@ Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTen
   }
   out.y = ops::empty_output(x, weight);
   if (out.y.numel() != 0)
-    forward_wide(as_rows(x), weight, bias, activation, as_rows(out.y), out.saved);
+    forward_wide(ops::as_rows(x), weight, bias, activation, ops::as_rows(out.y), out.saved);
   return out;
 }
 
@@ -260,10 +250,10 @@ void backward_wide(const Backward& b) {
   if (b.dx.defined()) {
     wide_weight.emplace(b.weight, n * k);
     weight = (*wide_weight)(b.weight);
-    if (is_sixteen(b.x)) dx_room.emplace(b.x, tile * k);
+    if (ops::is_sixteen(b.x.scalar_type())) dx_room.emplace(b.x, tile * k);
   }
-  if (dw.defined() && dw.scalar_type() != wide_type(b.x))
-    dw = at::empty({n, k}, b.x.options().dtype(wide_type(b.x)));
+  if (dw.defined() && dw.scalar_type() != ops::wide_type(b.x))
+    dw = at::empty({n, k}, b.x.options().dtype(ops::wide_type(b.x)));
   LinearBackward work = b.work();
   for (int64_t i = 0; i < m; i += tile) {
     const int64_t rows = std::min(tile, m - i);
@@ -322,8 +312,15 @@ Gradients linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::T
   const Plain plain;
   Gradients gradients = ops::empty_gradients(x, weight, wanted, weight_dtype, bias_dtype);
   auto& [dx, dw, db] = gradients;
-  Backward b{
-      as_rows(dy).contiguous(), as_rows(x), weight, saved.contiguous(), kind, {}, {}, {}, {}};
+  Backward b{ops::as_rows(dy).contiguous(),
+             ops::as_rows(x),
+             weight,
+             saved.contiguous(),
+             kind,
+             {},
+             {},
+             {},
+             {}};
   if (b.rows() == 0 || b.columns() == 0) {
     for (at::Tensor* t : {&dx, &dw, &db}) t->zero_();
     return gradients;
@@ -333,10 +330,10 @@ Gradients linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::T
   if (wanted[2] && bias_dtype) {
     b.db = db;
     const int64_t blocks = (b.rows() + math::kBiasRows - 1) / math::kBiasRows;
-    b.sums = at::empty({blocks, b.columns()}, x.options().dtype(wide_type(x)));
+    b.sums = at::empty({blocks, b.columns()}, x.options().dtype(ops::wide_type(x)));
   }
-  const bool narrow =
-      is_sixteen(x) && (ops::has_unit(x.scalar_type()) || weight.numel() > kLargestWideWeight);
+  const bool narrow = ops::is_sixteen(x.scalar_type()) &&
+                      (ops::has_unit(x.scalar_type()) || weight.numel() > kLargestWideWeight);
   narrow ? backward_narrow(b) : backward_wide(b);
   finish_bias(b);
   return gradients;
@@ -346,7 +343,7 @@ void linear_wgrad_(const at::Tensor& into, const at::Tensor& dz, const at::Tenso
   ops::check_linear_wgrad(into, dz, x);
   const Plain plain;
   at::Tensor sum = into;
-  if (dz.numel() != 0 && x.numel() != 0) wgrad(sum, as_rows(dz), as_rows(x), false);
+  if (dz.numel() != 0 && x.numel() != 0) wgrad(sum, ops::as_rows(dz), ops::as_rows(x), false);
 }
 
 }  // namespace

@@ -54,7 +54,7 @@ ops::NormOutputs norm(const char* op, const Tensor& x, c10::SymIntArrayRef shape
     rstd.zero_();
     return out;
   }
-  const auto wide = ops::norm_compute_type(x);
+  const auto wide = ops::wide_type(x);
   const int64_t rows = sizes.rows.expect_int(), n = sizes.columns.expect_int();
   const Tensor x_rows = x.contiguous(),
                residual_rows = residual ? residual->contiguous() : Tensor();
@@ -104,7 +104,7 @@ ops::NormOutputs norm_backward(const char* op, const Tensor& grad_y,
     grad_bias.zero_();
     return out;
   }
-  const auto wide = ops::norm_compute_type(input);
+  const auto wide = ops::wide_type(input);
   const int64_t rows = sizes.rows.expect_int(), n = sizes.columns.expect_int();
   const Tensor grad_rows = grad_y.contiguous(), input_rows = input.contiguous();
   const Tensor residual_rows = grad_residual_out ? grad_residual_out->contiguous() : Tensor();

@@ -13,13 +13,13 @@ namespace {
 
 constexpr int64_t kGrain = 32768;  // elements: below that a thread costs more than it brings
 
-/// body(row, scratch) for all rows. Causal rows grow with their number: first and last ones are
-/// taken in turn, so that every thread gets as many elements.
+/// body(row, scratch) for all rows, with `bytes` of scratch. Causal rows grow with their number:
+/// first and last ones are taken in turn, so that every thread gets as many elements.
 template <class Body>
-void for_each_row(const math::SoftmaxRows& all, const Body& body) {
+void for_each_row(const math::SoftmaxRows& all, int64_t bytes, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(all.length, 1));
   at::parallel_for(0, all.rows, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[size_t(softmax_scratch(all.length))]);
+    const std::unique_ptr<char[]> scratch(new char[size_t(bytes)]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t alternating = i % 2 == 0 ? i / 2 : all.rows - 1 - i / 2;
       body(all.causal ? alternating : i, scratch.get());
@@ -53,11 +53,12 @@ at::Tensor softmax(const at::Tensor& x, int64_t dim, double scale,
   ops::SoftmaxWork work(x, dim, scale, causal);
   work.set_mask(mask);
   const auto& all = work.rows();
-  for_each_row(all, [&, kernel = kernels().softmax->forward](int64_t row, void* scratch) {
-    SoftmaxRow one = describe_row(all, row);
-    one.scratch = scratch;
-    kernel(one);
-  });
+  for_each_row(all, softmax_scratch(all.length),
+               [&, kernel = kernels().softmax->forward](int64_t row, void* scratch) {
+                 SoftmaxRow one = describe_row(all, row);
+                 one.scratch = scratch;
+                 kernel(one);
+               });
   return work.finish();
 }
 
@@ -67,7 +68,7 @@ at::Tensor softmax_backward(const at::Tensor& grad, const at::Tensor& y, int64_t
   ops::SoftmaxWork work(y, dim, scale, causal);
   work.set_grad(grad);
   const auto& all = work.rows();
-  for_each_row(all, [&, kernel = kernels().softmax->backward](int64_t row, void*) {
+  for_each_row(all, 0, [&, kernel = kernels().softmax->backward](int64_t row, void*) {
     kernel(describe_row(all, row));
   });
   return work.finish();

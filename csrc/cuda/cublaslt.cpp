@@ -15,8 +15,6 @@ cudaDataType_t data_type(Dtype dtype) { return dtype == Dtype::kF16 ? CUDA_R_16F
 
 cublasLtEpilogue_t epilogue_of(Epilogue epilogue) {
   switch (epilogue) {
-    case Epilogue::kBias:
-      return CUBLASLT_EPILOGUE_BIAS;
     case Epilogue::kRelu:
       return CUBLASLT_EPILOGUE_RELU;
     case Epilogue::kReluBias:

@@ -32,14 +32,6 @@ struct Plain {
   ops::NoAutocast no_autocast;
 };
 
-bool is_sixteen(const at::Tensor& x) { return x.element_size() == 2; }
-at::ScalarType wide_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-at::Tensor as_rows(const at::Tensor& x) {
-  return x.reshape({ops::row_count(x).expect_int(), x.size(-1)});
-}
-
 // ---- fused -------------------------------------------------------------------------------------
 constexpr int64_t kMostWorkspace = int64_t(32) << 20;
 
@@ -124,7 +116,8 @@ void forward_unfused(const Forward& f, const Place& place) {
   if (f.activation == LinearActivation::kRelu && f.same_bias() && f.bias) {
     at::addmm_out(y, *f.bias, f.x, f.weight.t());
     run_epilogue(f, y, 0, std::nullopt, place);
-  } else if (!is_sixteen(f.x) || (f.activation == LinearActivation::kRelu && !f.bias)) {
+  } else if (!ops::is_sixteen(f.x.scalar_type()) ||
+             (f.activation == LinearActivation::kRelu && !f.bias)) {
     at::mm_out(y, f.x, f.weight.t());
     run_epilogue(f, y, 0, f.bias, place);
   } else {
@@ -142,7 +135,7 @@ void forward_unfused(const Forward& f, const Place& place) {
 bool forward_fused(const Forward& f, const Place& place) {
   const bool saves = f.saved.numel() != 0;
   const auto epilogue = forward_epilogue(f.activation, f.bias.has_value(), saves);
-  if (!epilogue || !is_sixteen(f.x) || !f.same_bias()) return false;
+  if (!epilogue || !ops::is_sixteen(f.x.scalar_type()) || !f.same_bias()) return false;
   // Row-major y = x w^T is column-major y^T = w x^T.
   Problem problem;
   problem.rows = f.weight.size(0);
@@ -165,7 +158,7 @@ Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTen
                 LinearActivation activation, bool saves) {
   const Plain plain;
   const Place place(x);
-  Forward f{as_rows(x).contiguous(), weight.contiguous(), bias, activation, {}, {}};
+  Forward f{ops::as_rows(x).contiguous(), weight.contiguous(), bias, activation, {}, {}};
   if (bias) f.bias = bias->contiguous();
   f.saved = ops::empty_saved(x, weight, saves ? activation : LinearActivation::kNone);
   if (activation == LinearActivation::kNone && f.same_bias()) {  // torch fuses the bias itself
@@ -173,7 +166,7 @@ Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTen
     return f;
   }
   const at::Tensor y = ops::empty_output(x, weight);
-  f.y = as_rows(y);
+  f.y = ops::as_rows(y);
   if (y.numel() != 0 && !forward_fused(f, place)) forward_unfused(f, place);
   f.y = y;
   return f;
@@ -198,7 +191,7 @@ std::tuple<at::Tensor, at::Tensor> linear_forward(const at::Tensor& x, const at:
 // ---- backward ----------------------------------------------------------------------------------
 /// into (+)= dz^T x, accumulated in FP32 and not rounded on the way.
 void wgrad(at::Tensor into, const at::Tensor& dz, const at::Tensor& x, bool fresh) {
-  if (!is_sixteen(x)) {
+  if (!ops::is_sixteen(x.scalar_type())) {
     at::addmm_out(into, into, dz.t(), x, fresh ? 0 : 1);
   } else if (fresh) {
     at::mm_out(into, dz.t(), x, at::kFloat);
@@ -225,7 +218,7 @@ at::Tensor activation_backward(const Backward& b, const Place& place) {
     work.saved = b.saved.const_data_ptr();
   }
   if (b.db.defined()) {
-    sums = at::empty({blocks, n}, b.dy.options().dtype(wide_type(b.dy)));
+    sums = at::empty({blocks, n}, b.dy.options().dtype(ops::wide_type(b.dy)));
     work.sums = sums.mutable_data_ptr();
   }
   if (!work.dz && !work.sums) return dz;
@@ -252,8 +245,8 @@ void weight_gradient(const at::Tensor& dw, const at::Tensor& dz, const at::Tenso
 
 /// dw and db of a plain product in one pass over dy.
 bool backward_fused(const Backward& b, const Place& place) {
-  const bool fits = b.activation == LinearActivation::kNone && is_sixteen(b.x) && b.dw.defined() &&
-                    b.db.defined() && b.dw.scalar_type() == b.x.scalar_type() &&
+  const bool fits = b.activation == LinearActivation::kNone && ops::is_sixteen(b.x.scalar_type()) &&
+                    b.dw.defined() && b.db.defined() && b.dw.scalar_type() == b.x.scalar_type() &&
                     b.db.scalar_type() == b.x.scalar_type();
   if (!fits) return false;
   // Row-major dw = dz^T x is column-major dw^T = x^T dz.
@@ -282,8 +275,13 @@ Gradients linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::T
   const Place place(x);
   Gradients gradients = ops::empty_gradients(x, weight, wanted, weight_dtype, bias_dtype);
   auto& [dx, dw, db] = gradients;
-  Backward b{
-      as_rows(dy).contiguous(), as_rows(x).contiguous(), weight, saved.contiguous(), kind, {}, {}};
+  Backward b{ops::as_rows(dy).contiguous(),
+             ops::as_rows(x).contiguous(),
+             weight,
+             saved.contiguous(),
+             kind,
+             {},
+             {}};
   if (b.dy.numel() == 0) {
     for (at::Tensor* t : {&dx, &dw, &db}) t->zero_();
     return gradients;
@@ -306,7 +304,7 @@ void linear_wgrad_(const at::Tensor& into, const at::Tensor& dz, const at::Tenso
   ops::check_linear_wgrad(into, dz, x);
   const Plain plain;
   const Place place(x);
-  if (dz.numel() != 0 && x.numel() != 0) wgrad(into, as_rows(dz), as_rows(x), false);
+  if (dz.numel() != 0 && x.numel() != 0) wgrad(into, ops::as_rows(dz), ops::as_rows(x), false);
 }
 
 }  // namespace

@@ -2,7 +2,8 @@
 //
 //   A chunk's logits are FP32, the result of a product of 16-bit operands with FP32 sums. Their
 //   gradient is an operand of the next two products, so it is 16 bits wide again, rounded times
-//   2^10 (less where class weights are above 1): below 2^16, and not zero down to 2^-34. What
+//   2^10 (less where class weights are above 1): below 2^16, and not zero down to 2^-34. With a
+//   z-loss it has no such bound: it stays FP32, and so do the operands of those products. What
 //   arrives is brought in after the products, in FP32. Rows of a chunk: kBudget bytes of logits,
 //   2,048 at least where there are so many. Nothing waits for the device.
 //   Tests: tests/gpu/test_loss_cuda.py.
@@ -15,7 +16,9 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/reciprocal.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -35,10 +38,8 @@ using Grads = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 constexpr int64_t kBudget = int64_t(512) << 20;
 
-/// What the 16-bit gradient of the logits is multiplied by before it is rounded; undefined for
-/// other dtypes.
+/// What the 16-bit gradient of the logits is multiplied by before it is rounded.
 at::Tensor lift_of(const at::Tensor& x, const OptionalTensor& class_weight) {
-  if (x.scalar_type() == ops::wide_type(x)) return at::Tensor();
   at::Tensor lift = at::full({}, 1024.0, x.options().dtype(at::kFloat));
   if (class_weight) lift.div_(at::amax(class_weight->to(at::kFloat)).clamp_min_(1));
   return lift;
@@ -47,9 +48,12 @@ at::Tensor lift_of(const at::Tensor& x, const OptionalTensor& class_weight) {
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
   return a.scalar_type() == type ? at::mm(a, b) : at::mm(a, b, type);
 }
-at::Tensor add_product(const at::Tensor& sum, const at::Tensor& a, const at::Tensor& b,
-                       at::ScalarType type) {
-  return a.scalar_type() == type ? at::addmm(sum, a, b) : at::addmm(sum, a, b, type);
+/// sum += a b, in place.
+void add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
+  if (a.scalar_type() == sum.scalar_type())
+    at::addmm_out(sum, sum, a, b);
+  else
+    at::addmm_out(sum, sum, a, b, sum.scalar_type());
 }
 
 struct Chunked {
@@ -66,7 +70,11 @@ Chunked run(const char* op, const Place& place, const LossCall& call, const at::
   const int64_t most =
       std::max<int64_t>(2048, kBudget / (classes * int64_t(options.dtype().itemsize())));
   const bool any = wants[0] || wants[1] || wants[2];
-  const at::Tensor lift = any ? lift_of(x, class_weight) : at::Tensor();
+  // The dtype of the logits' gradient and of the operands that it meets.
+  const auto operand = call.z_loss() != 0 ? type : x.scalar_type();
+  const bool lifts = any && operand != type;
+  const at::Tensor lift = lifts ? lift_of(x, class_weight) : at::Tensor();
+  const at::Tensor weights = any ? weight.to(operand) : weight;
   const at::Tensor lower = lift.defined() ? lift.reciprocal() : lift;
   Chunked result;
   result.losses = at::empty({rows}, x.options().dtype(at::kDouble));
@@ -86,7 +94,7 @@ Chunked run(const char* op, const Place& place, const LossCall& call, const at::
     p.stats = stats.mutable_data_ptr();
     at::Tensor arrives;
     if (any) {
-      grad = at::empty({count, classes}, x.options());
+      grad = at::empty({count, classes}, x.options().dtype(operand));
       p.grad = grad.mutable_data_ptr();
       p.grad_dtype = ops::dtype_code(grad.scalar_type());
       if (lift.defined()) p.upstream = scalar(lift);
@@ -104,17 +112,16 @@ Chunked run(const char* op, const Place& place, const LossCall& call, const at::
                                   ? per_row->narrow(0, first, count).to(type).unsqueeze(1)
                                   : at::Tensor();
     if (wants[0]) {
-      at::Tensor dx = product(grad, weight, type);
+      at::Tensor dx = product(grad, weights, type);
       if (lift.defined()) dx.mul_(lower);
       if (factor.defined()) dx.mul_(factor);
       result.grad_x.narrow(0, first, count).copy_(dx);
     }
     if (wants[1]) {
       if (factor.defined())  // FP32 operands: the factor may have any size
-        result.grad_weight =
-            at::addmm(result.grad_weight, grad.t().to(type), part.to(type).mul(factor).mul_(lower));
+        add_product(result.grad_weight, grad.t().to(type), part.to(type).mul(factor).mul_(lower));
       else
-        result.grad_weight = add_product(result.grad_weight, grad.t(), part, type);
+        add_product(result.grad_weight, grad.t(), part.to(operand));
     }
     if (wants[2]) {
       at::Tensor wide = factor.defined() ? grad.to(type).mul_(factor).mul_(lower) : grad;
@@ -153,7 +160,9 @@ Forms forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& t
   at::Tensor factor;
   if (grad_scale) factor = grad_scale->reshape(at::IntArrayRef()).to(at::kDouble);
   if (reduction == Reduction::kMean) {
-    const at::Tensor inverse = call.total().reciprocal();
+    // Where no label counts, the loss is NaN and the gradient zero, as on the CPU.
+    const at::Tensor total = call.total();
+    const at::Tensor inverse = at::where(total.eq(0), at::zeros_like(total), total.reciprocal());
     factor = factor.defined() ? factor.mul(inverse) : inverse;
   }
   if (factor.defined()) factor = factor.to(wide);

@@ -22,6 +22,7 @@ class LossCall {
   LossRows rows(const at::Tensor& logits, int64_t first = 0) const;
   const double* sums() const { return sums_.const_data_ptr<double>(); }
   at::Tensor total() const;
+  double z_loss() const { return numbers_.z_loss; }
 
  private:
   math::CrossEntropy numbers_;

@@ -24,7 +24,6 @@ using math::Dtype;
 /// What is done to a product before it is stored, by cuBLASLt's names. The aux ones also write what
 /// the backward needs; kBgradB adds the columns of the second operand up on the way.
 enum class Epilogue : int32_t {
-  kBias,
   kRelu,
   kReluBias,
   kReluAux,
@@ -209,7 +208,7 @@ class Plans {
     const std::lock_guard<std::mutex> lock(mutex_);  // descriptors carry a call's pointers
     auto found = plans_.find(problem);
     if (found == plans_.end()) {
-      if (!call.may_measure) return false;
+      if (!call.may_measure || plans_.size() >= kMost) return false;
       found = plans_.emplace(problem, std::make_unique<Plan>(lt_, problem, most_workspace_)).first;
     }
     Plan& plan = *found->second;
@@ -222,6 +221,8 @@ class Plans {
   }
 
   size_t size() const { return plans_.size(); }
+  /// Problems that get a plan: where every batch has another length, the later ones are unfused.
+  static constexpr size_t kMost = 1024;
 
  private:
   Lt& lt_;

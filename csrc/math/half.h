@@ -68,4 +68,21 @@ HALFSTEP_FN float round_to_odd(double x) {
   return bit_cast<float>(bits | 1u);
 }
 
+/// x rounded once to `dtype`, as element i of `to`.
+HALFSTEP_FN void store_rounded(void* to, Dtype dtype, int64_t i, double x) {
+  switch (dtype) {
+    case Dtype::kF16:
+      static_cast<uint16_t*>(to)[i] = float_to_half(round_to_odd(x));
+      break;
+    case Dtype::kBF16:
+      static_cast<uint16_t*>(to)[i] = float_to_bfloat(round_to_odd(x));
+      break;
+    case Dtype::kF32:
+      static_cast<float*>(to)[i] = float(x);
+      break;
+    default:
+      static_cast<double*>(to)[i] = x;
+  }
+}
+
 HALFSTEP_MATH_END

@@ -33,8 +33,6 @@ const char* dtype_name(at::ScalarType type) {
   }
 }
 
-bool is_sixteen(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
-
 void check_dense(const char* op, Name name, const at::Tensor& tensor) {
   TORCH_CHECK(tensor.layout() == at::kStrided, op, ": ", name, " is sparse or of another layout (",
               tensor.layout(), "); only dense tensors are supported");

@@ -23,6 +23,14 @@ std::ostream& operator<<(std::ostream& out, Name name);
 inline Name item(const char* list, size_t index) { return {list, int64_t(index)}; }
 
 bool is_supported_float(at::ScalarType type);
+inline bool is_sixteen(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
+/// What `type` is computed in: FP64 for FP64, FP32 for everything else.
+inline at::ScalarType wide_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+inline at::ScalarType wide_type(const at::Tensor& tensor) {
+  return wide_type(tensor.scalar_type());
+}
 /// Dtype that the update of parameter `index` is computed in: double where it or its master is
 /// FP64.
 at::ScalarType compute_type(const at::Tensor& param, const at::Tensor& master);

@@ -167,9 +167,10 @@ Gradients linear_backward_autograd(const at::Tensor& dy, const at::Tensor& x,
                                    std::optional<at::ScalarType> bias_dtype) {
   const bool higher = any_requires_grad({&dy, &x, &weight, &saved});
   const LinearActivation kind = activation_of("linear_backward", activation);
-  check_linear_backward(dy, x, weight, saved, kind, weight_dtype, bias_dtype);
-  if (higher && kind == LinearActivation::kNone)
+  if (higher && kind == LinearActivation::kNone) {
+    check_linear_backward(dy, x, weight, saved, kind, weight_dtype, bias_dtype);
     return differentiable_backward(dy, x, weight, wanted, weight_dtype, bias_dtype);
+  }
   Gradients gradients;
   {
     const at::AutoDispatchBelowADInplaceOrView below;

@@ -29,6 +29,9 @@ void check_linear_wgrad(const at::Tensor& into, const at::Tensor& dz, const at::
 
 /// x's leading dimensions as one.
 c10::SymInt row_count(const at::Tensor& x);
+inline at::Tensor as_rows(const at::Tensor& x) {
+  return x.reshape({row_count(x).expect_int(), x.size(-1)});
+}
 /// Uninitialised: y, and what the backward needs of it.
 at::Tensor empty_output(const at::Tensor& x, const at::Tensor& weight);
 at::Tensor empty_saved(const at::Tensor& x, const at::Tensor& weight, LinearActivation activation);

@@ -7,10 +7,6 @@ namespace halfstep::ops {
 
 namespace {
 
-at::ScalarType wide_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 /// "float16[4, 3]" of tensors whose sizes may be symbols.
 std::string shown(const at::Tensor& tensor) {
   std::ostringstream out;

@@ -25,11 +25,6 @@ inline Reduction reduction_of(const char* op, std::string_view name) {
   return Reduction::kSum;
 }
 
-/// FP64 for FP64, FP32 for everything else: what losses and statistics are held in.
-inline at::ScalarType wide_type(const at::Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 /// Rows of which each is one run in memory.
 inline at::Tensor runs(const at::Tensor& rows) {
   return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();

@@ -36,11 +36,6 @@ inline NormSizes norm_sizes(const char* op, const char* name, const at::Tensor& 
   return result;
 }
 
-/// FP64 for FP64, else FP32.
-inline at::ScalarType norm_compute_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 inline void check_norm_float(const char* op, const char* name, const at::Tensor& x) {
   TORCH_CHECK(is_supported_float(x.scalar_type()), op, ": ", name, " is ", describe(x),
               "; expected float16, bfloat16, float32 or float64");
@@ -68,8 +63,8 @@ inline void check_norm_like(const char* op, const char* name, const at::Tensor& 
   check_norm_float(op, name, tensor);
   TORCH_CHECK(tensor.sym_sizes() == reference.sym_sizes(), op, ": ", name, " is ", describe(tensor),
               " but ", reference_name, " is ", describe(reference));
-  TORCH_CHECK(norm_compute_type(tensor) == norm_compute_type(reference), op, ": ", name, " is ",
-              describe(tensor), " but ", reference_name, " is ", describe(reference),
+  TORCH_CHECK(wide_type(tensor) == wide_type(reference), op, ": ", name, " is ", describe(tensor),
+              " but ", reference_name, " is ", describe(reference),
               "; float64 goes with float64 only");
   check_device(op, {name}, tensor, {reference_name}, reference);
 }
@@ -107,10 +102,10 @@ inline NormSizes check_norm_backward(const char* op, const at::Tensor& grad_y,
                 describe(input));
   }
   const auto check_moment = [&](const char* name, const at::Tensor& moment) {
-    TORCH_CHECK(moment.sym_sizes() == sizes.leading &&
-                    moment.scalar_type() == norm_compute_type(input) && moment.is_contiguous(),
+    TORCH_CHECK(moment.sym_sizes() == sizes.leading && moment.scalar_type() == wide_type(input) &&
+                    moment.is_contiguous(),
                 op, ": ", name, " is ", describe(moment), "; expected contiguous ",
-                norm_compute_type(input), sizes.leading);
+                wide_type(input), sizes.leading);
     check_device(op, {name}, moment, {"input"}, input);
   };
   if (mean) check_moment("mean", *mean);
@@ -124,7 +119,7 @@ using NormOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 inline NormOutputs empty_norm_outputs(const at::Tensor& x,
                                       const std::optional<at::Tensor>& residual,
                                       const NormSizes& sizes, bool centred) {
-  const auto wide = x.options().dtype(norm_compute_type(x));
+  const auto wide = x.options().dtype(wide_type(x));
   const c10::SymInt none[] = {0};
   return {at::empty_symint(x.sym_sizes(), x.options()),
           residual ? at::empty_symint(x.sym_sizes(), residual->options())

@@ -49,10 +49,6 @@ at::Tensor call_backward(const at::Tensor& grad, const at::Tensor& y, int64_t di
   return op.call(grad, y, dim, scale, causal);
 }
 
-at::ScalarType wide_type(const at::Tensor& t) {
-  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 /// The gradient of the masked logits, summed over the dimensions that the mask was broadcast along:
 /// FP32 until one rounding at the end.
 at::Tensor mask_gradient(const at::Tensor& grad, const at::Tensor& y, const at::Tensor& mask,

@@ -85,6 +85,23 @@ TEST_CASE("what came from outside, the backward and the optimizer are told apart
   CHECK(outside->index == std::vector<int64_t>{1, 2});
 }
 
+TEST_CASE("the forward of a second micro-batch is a forward, and an error leaves no trace",
+          "[nonfinite]") {
+  torch::manual_seed(0);
+  Net net;
+  const auto x = torch::ones({3, 4});
+  const auto loss = [&](double factor) { return net->forward(x * factor).pow(2).sum(); };
+  const auto found = find_nonfinite(*net, [&] {
+    loss(1).backward();
+    loss(3e38).backward();
+  });
+  REQUIRE(found);
+  CHECK(found->producer);
+  CHECK(found->phase == "forward");
+  CHECK_THROWS(find_nonfinite(*net, [&] { torch::mm(x, x); }));
+  CHECK(find_nonfinite(*net, [&] { loss(3e38).backward(); }));
+}
+
 TEST_CASE("one search at a time, and an error of the run ends it", "[nonfinite]") {
   Net net;
   CHECK_THROWS_WITH(find_nonfinite(*net, [&] { find_nonfinite(*net, [] {}); }),

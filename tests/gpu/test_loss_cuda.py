@@ -109,3 +109,22 @@ def test_rows_beyond_2_to_the_32_logits(device):
     loss, stats, total, grad = H.cross_entropy_forward(logits, target, None, -100, "none", 0.0, 0.0, torch.tensor(1024.0, device=device))
     want = hs.functional.cross_entropy(logits[-1:].cpu(), target[-1:].cpu(), reduction="none")
     assert abs(loss[-1].item() - want.item()) < 1e-5 and grad[-1, 5] < grad[-2, 5] + 20 and grad[-1, 4] != grad[-2, 4]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_batch_of_ignored_labels_has_no_gradient(device, reduction):
+    x, w = torch.randn(4, 8, device=device).half().requires_grad_(), torch.randn(16, 8, device=device).half().requires_grad_()
+    loss = hs.functional.linear_cross_entropy(x, w, torch.full((4,), -100, device=device), reduction=reduction)
+    assert loss.isnan().all() if reduction == "mean" else not loss.any()
+    loss.backward(torch.ones_like(loss))
+    assert not x.grad.any() and not w.grad.any() and x.grad.isfinite().all() and w.grad.isfinite().all()
+
+
+def test_a_large_z_loss_leaves_the_gradient_finite(device):
+    results = []
+    for dtype, place in ((torch.float16, device), (torch.float64, "cpu")):
+        x, w = (torch.full((4, 100), 0.65, dtype=torch.float16).to(place, dtype).requires_grad_() for _ in range(2))
+        hs.functional.linear_cross_entropy(x, w, torch.arange(4, device=place), z_loss=1.0).backward()
+        results.append([x.grad.double().cpu(), w.grad.double().cpu()])
+    for got, exact in zip(*results):
+        assert got.isfinite().all() and ((got - exact).norm() / exact.norm()).item() < 2e-3

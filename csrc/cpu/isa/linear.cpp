@@ -151,19 +151,7 @@ void add_rows(const Rows& sums, int64_t rows, void* out, Dtype out_dtype, int64_
     for (int64_t r = 0; r < rows; ++r)
       total += sums.dtype == Dtype::kF64 ? reinterpret_cast<const double*>(sums.row(r))[j]
                                          : reinterpret_cast<const float*>(sums.row(r))[j];
-    switch (out_dtype) {
-      case Dtype::kF16:
-        static_cast<uint16_t*>(out)[j] = float_to_half(float(total));
-        break;
-      case Dtype::kBF16:
-        static_cast<uint16_t*>(out)[j] = float_to_bfloat(float(total));
-        break;
-      case Dtype::kF32:
-        static_cast<float*>(out)[j] = float(total);
-        break;
-      default:
-        static_cast<double*>(out)[j] = total;
-    }
+    store_rounded(out, out_dtype, j, total);
   }
 }
 

@@ -106,17 +106,6 @@ double row_loss(const CrossEntropy& c, const void* row, int64_t label, RowStats&
                         sum.spread);
 }
 
-/// One element, rounded from FP64 to E's dtype once.
-template <class E>
-void store_element(void* out, int64_t i, double x) {
-  if constexpr (E::dtype == Dtype::kF16)
-    static_cast<uint16_t*>(out)[i] = math::float_to_half(math::round_to_odd(x));
-  else if constexpr (E::dtype == Dtype::kBF16)
-    static_cast<uint16_t*>(out)[i] = math::float_to_bfloat(math::round_to_odd(x));
-  else
-    static_cast<typename E::T*>(out)[i] = typename E::T(x);
-}
-
 template <class E, bool kSmooth>
 void write_gradient(const CrossEntropy& c, const void* row, const math::RowGradient& g, void* out) {
   using V = typename E::V;
@@ -144,7 +133,7 @@ void row_gradient(const CrossEntropy& c, const void* row, int64_t label, RowStat
       math::row_gradient(c, stats, label_term<T>(logit, stats.max), weight_of<T>(c, label), factor);
   c.smoothing != 0 ? write_gradient<E, true>(c, row, g, out)
                    : write_gradient<E, false>(c, row, g, out);
-  store_element<E>(out, label, g.label);
+  math::store_rounded(out, E::dtype, label, g.label);
 }
 
 double cross_entropy_loss(const CrossEntropy& c, const void* logits, Dtype dtype, int64_t label,

@@ -347,22 +347,6 @@ void backward(const NormBackward& work, int64_t begin, int64_t end, void* buffer
                        static_cast<float*>(scratch));
 }
 
-void round_sum(double sum, Dtype dtype, int64_t i, void* to) {
-  switch (dtype) {
-    case Dtype::kF16:
-      static_cast<uint16_t*>(to)[i] = float_to_half(round_to_odd(sum));
-      break;
-    case Dtype::kBF16:
-      static_cast<uint16_t*>(to)[i] = float_to_bfloat(round_to_odd(sum));
-      break;
-    case Dtype::kF32:
-      static_cast<float*>(to)[i] = float(sum);
-      break;
-    default:
-      static_cast<double*>(to)[i] = sum;
-  }
-}
-
 void add_blocks(const double* sums, int64_t blocks, int64_t stride, int64_t begin, int64_t end,
                 Dtype dtype, void* to) {
   constexpr int64_t kColumns = 64;
@@ -371,7 +355,7 @@ void add_blocks(const double* sums, int64_t blocks, int64_t stride, int64_t begi
     double total[kColumns] = {};
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t k = 0; k < count; ++k) total[k] += sums[block * stride + first + k];
-    for (int64_t k = 0; k < count; ++k) round_sum(total[k], dtype, first + k, to);
+    for (int64_t k = 0; k < count; ++k) store_rounded(to, dtype, first + k, total[k]);
   }
 }
 
