@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -206,8 +207,8 @@ def _train(runs, arms, seeds):
 
 
 def _command(make, arms, seeds, delta, every):
-    words = ["halfstep", "compare", make, "--seeds", str(len(seeds)) if seeds == list(range(len(seeds))) else "=" + ",".join(map(str, seeds)), "--delta", str(delta), "--every", str(every)]
-    return " ".join(words + [f"--arms '{arm.name}'" if re.search(r"[(|*;]", arm.name) else f"--arms {arm.name}" for arm in arms])
+    words = ["halfstep", "compare", make, "--seeds", str(len(seeds)) if seeds == list(range(len(seeds))) else ",".join(map(str, seeds)) + "," * (len(seeds) == 1), "--delta", str(delta), "--every", str(every)]
+    return shlex.join(words + [word for arm in arms for word in ("--arms", arm.name)])
 
 
 def compare(make, arms=("fp32", "mixed"), seeds=8, delta="0.5pp", out=None, *, every=50, device="auto"):

@@ -9,7 +9,7 @@ def add(commands):
     """Adds them to the parser's commands."""
     run = commands.add_parser("compare", help="is mixed precision as good as FP32 for this job, and what does it cost and save")
     run.add_argument("make", nargs="?", help="script.py:make, a function (arm, seed) -> halfstep.Job; `halfstep init` writes one")
-    run.add_argument("--seeds", default="8", help="how many seeds, or which: 3,4,5 (default 8)")
+    run.add_argument("--seeds", default="8", help="how many seeds, or which: 3,4,5, or one: 3, (default 8)")
     run.add_argument("--arms", action="append", metavar="ARM,…", help="fp32, mixed, autocast, bf16, fp16-s1, or PRESET:key=value,…; the others are compared with the first (default fp32,mixed)")
     run.add_argument("--delta", default="0.5pp", help="the difference that does not matter: percentage points, or a number in the metric's unit (default 0.5pp)")
     run.add_argument("--out", default="compare", metavar="FOLDER", help="folder of report.json, report.html, report.png, events/ (default compare)")
@@ -34,9 +34,9 @@ def add(commands):
 
 def _seeds(text):
     try:
-        return [int(part) for part in text.split(",")] if "," in text else int(text)
+        return [int(part) for part in text.removesuffix(",").split(",")] if "," in text else int(text)
     except ValueError:
-        raise ValueError(f"--seeds is {text!r}; expected a whole number from 1, or seeds such as 3,4,5") from None
+        raise ValueError(f"--seeds is {text!r}; expected a whole number from 1, or seeds such as 3,4,5 (one: 3,)") from None
 
 
 def _compare(options):
@@ -67,12 +67,12 @@ def _init(options):
 
 
 def _merge(options):
-    from ._merge import merge, table
+    from ._merge import as_text, merge
 
     rows = merge(options.reports)
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    print(as_text(rows))
     return 0
 
 

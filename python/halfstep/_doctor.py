@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ._library import cuda_status
+
 MILLION = 1 << 20
 
 
@@ -72,7 +74,7 @@ def verdict(rates, device):
 
 def probes():
     """Lines of (what, finding)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if cuda_status() == "ready" else "cpu"
     lines = [("16 bits", ", ".join(cpu_units()) or "no instructions for 16-bit numbers found")]
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()

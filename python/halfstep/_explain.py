@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ._ledger import ledger
+from ._table import table
 
 _SHORT = {torch.float16: "FP16", torch.bfloat16: "BF16", torch.float32: "FP32", torch.float64: "FP64"}
 _CASTS = {"aten::_to_copy"}
@@ -132,12 +133,6 @@ def _names(dtypes):
     return "+".join(sorted(short(d) for d in dtypes)) or "–"
 
 
-def _rows(title, rows):
-    widths = [max(len(str(row[i])) for row in [title, *rows]) for i in range(len(title))]
-    line = lambda row: "  ".join(str(cell).ljust(w) if i == 0 else str(cell).rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
-    return "\n".join(line(row) for row in [title, *rows])
-
-
 def amount(value, unit="B"):
     for prefix in ("", "k", "M", "G", "T"):
         if abs(value) < 1000:
@@ -151,7 +146,7 @@ def explain_table(layers):
     shown = [layer for layer in layers.values() if layer.stored or layer.flops]
     rows = [(layer.name or "(model)", layer.kind, _names(layer.stored), _names(set(layer.flops) or layer.computes), _names(layer.accumulates), _names(layer.gives), layer.casts, amount(layer.cast_bytes))
             for layer in shown]
-    return _rows(("layer", "kind", "weights", "computes", "sums", "gives", "casts", "cast bytes"), rows)
+    return table([("layer", "kind", "weights", "computes", "sums", "gives", "casts", "cast bytes"), *rows])
 
 
 class Look:
@@ -202,5 +197,5 @@ class Look:
         rows = [(role, amount(held), f"{held / count:.2f}") for role, held in self.ledger.items() if held]
         held = sum(self.ledger.values())
         rows += [("held between steps", amount(held), f"{held / count:.2f}"), ("activations of a batch", amount(self.activations), f"{self.activations / count:.2f}")]
-        lines = [f"{count:,} parameters, arm {self.arm.name}", _rows(("", "bytes", "per parameter"), rows), ""]
+        lines = [f"{count:,} parameters, arm {self.arm.name}", table([("", "bytes", "per parameter"), *rows]), ""]
         return "\n".join(lines + [f"{name}: {amount(f, 'FLOP')} forward, {amount(b, 'FLOP')} backward" for name, (f, b) in self.flops().items()])

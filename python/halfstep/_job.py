@@ -53,6 +53,8 @@ class Arm:
             allowed = _CHOICES.get("optimizer" if key == "optimizer_from" else key)
             if allowed and value not in allowed:
                 raise ValueError(f"arm {self.name!r}: {key.removesuffix('_from')} is {value!r}; expected one of {', '.join(allowed)}")
+        if self.policy is not None and self.compute != "fp16":
+            raise ValueError(f"arm {self.name!r}: policy is {self.policy}, but only FP16 losses are scaled and compute is {self.compute}")
         try:
             self._policy()
         except ValueError as error:
@@ -102,19 +104,26 @@ class Arm:
         """The optimizer of this arm. cls: a class of torch.optim or hs.optim, or its name; params: parameters or named_parameters().
 
         16-bit arms: hs.optim's class of that name with the arm's master and states, or hs.optim.Masters around a class that hs.optim
-        lacks. fp32: torch's class; hs.optim's where it lacks the class or one of the arguments (max_grad_norm, ema_decay, …).
+        lacks. fp32: torch's class; hs.optim's where it lacks the class or one of the arguments (max_grad_norm, ema_decay, …), or
+        where the arm asks for a master, states or grad_dtype.
         """
         name = cls if isinstance(cls, str) else cls.__name__
         ours, stock = getattr(optim, name, None), getattr(torch.optim, name, None) if isinstance(cls, str) or cls.__module__.startswith("halfstep") else cls
         if ours is None and stock is None:
             raise ValueError(f"arm.optimizer: {name!r} is neither in torch.optim nor in halfstep.optim")
+        asked = {key: value for key, value in (("master", self.master), ("states", self.states), ("grad_dtype", self.grad_dtype)) if value != Arm.__dataclass_fields__[key].default}
         if ours is None:
-            return stock(params, **kw) if self.compute == "fp32" else optim.Masters(stock, params, **kw)
+            lost = sorted(set(asked) - ({"master"} if self.compute != "fp32" else set()))
+            if lost:
+                raise ValueError(f"arm {self.name!r}: {lost[0]}={asked[lost[0]]} is for classes of hs.optim, and {name} is none of them")
+            return stock(params, **kw) if self.compute == "fp32" else optim.Masters(stock, params, **asked, **kw)
         takes = stock is not None and not set(kw) - set(inspect.signature(stock).parameters)
         wide = self.compute == "fp32" or self.weights == "autocast"
+        if self.optimizer_from == "torch" and asked:
+            raise ValueError(f"arm {self.name!r}: optimizer=torch, but torch's {name} knows no {', '.join(sorted(asked))}")
         if self.optimizer_from == "torch" and not (takes and wide):
             raise ValueError(f"arm {self.name!r}: optimizer=torch, but torch's {name} cannot step " + ("16-bit weights" if not wide else f"with {', '.join(sorted(kw))}"))
-        if self.optimizer_from == "torch" or self.optimizer_from == "auto" and self.compute == "fp32" and takes:
+        if self.optimizer_from == "torch" or self.optimizer_from == "auto" and self.compute == "fp32" and takes and not asked:
             return stock(params, **kw)
         return ours(params, **{"states": self.states, "master": self.master, "grad_dtype": self.grad_dtype, **kw})
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from . import _report, _schema
+from ._table import table
 
 MUST_AGREE = ("make", "source", "every")
 
@@ -50,7 +51,7 @@ def _rows(path, report):
         if s is None:
             continue
         time = lambda s: ((s["time"] or {}).get("step") or {}).get("median")
-        peak = lambda s: s["cuda_peak_bytes"] or s["peak_bytes"]
+        peak = _report.peak
         energy = lambda s: s["energy"]["joules_per_step"]
         ratio = lambda of: of(s) / of(first) if of(s) and of(first) else None
         yield {"machine": where.get("gpu") or where.get("cpu") or Path(path).stem, "device": where.get("device", "?"), "arm": arm["name"], "metric": s["mean"],
@@ -58,10 +59,9 @@ def _rows(path, report):
                "peak_mib": None if peak(s) is None else peak(s) / 2**20, "memory_ratio": ratio(peak), "joules_per_step": energy(s), "energy_ratio": ratio(energy)}
 
 
-def table(rows):
-    """The rows as text."""
+def as_text(rows):
+    """The rows as a text table."""
     columns = {"machine": "{}", "device": "{}", "arm": "{}", "metric": "{:.2f}", "difference": "{:+.2f}", "step_ms": "{:.2f}", "time_ratio": "{:.2f}", "peak_mib": "{:.0f}",
                "memory_ratio": "{:.2f}", "joules_per_step": "{:.3g}", "energy_ratio": "{:.2f}"}
     cells = [[name.replace("_", " ") for name in columns]] + [["–" if row[name] is None else form.format(row[name]) for name, form in columns.items()] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in cells)
+    return table(cells, left=(0, 1, 2))

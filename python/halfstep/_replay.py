@@ -11,6 +11,7 @@ from . import policies
 from ._library import H
 from ._recording import NORMAL, OVERFLOW, SMALLEST, STATS, Trace, label, number, read
 from ._stats import APPLIED, CLEAN, CONSECUTIVE, LAST_BAD, SCALE, SKIPPED, ScalerStats
+from ._table import table as text_table
 
 @dataclass
 class SimResult:
@@ -198,8 +199,7 @@ def table(results):
     columns = ["policy", "steps", "skipped", "scale at the end", "lowest", "highest", "flushed %", "subnormal %", "unknown"]
     rows = [[r.policy, f"{len(r.step):,}", f"{sum(r.skipped):,}", f"{r.scale[-1]:g}", f"{min(r.scale):g}", f"{max(r.scale):g}", f"{_mean(r.flushed):.4f}", f"{_mean(r.subnormal):.4f}",
              ", ".join(f"{k} {v:,}" for k, v in r.unknown.items() if v) or "0"] for r in results]
-    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:-1], widths[1:])), row[-1]]).rstrip() for row in [columns, *rows]]
+    lines = [text_table([columns, *rows], left=(0, len(columns) - 1))]
     notes = [f"unknown, {k}: a step that {text}" for k, text in UNKNOWN.items() if any(r.unknown[k] for r in results)]
     return "\n".join(lines + notes)
 

@@ -8,6 +8,7 @@ from . import _statistics
 from ._measure import PHASES
 from ._schema import FORMAT, VERSION, validate
 from ._shares import unpacked
+from ._table import table
 
 FLAG = 0.01  # a layer is named from this share of its non-zeros on
 EXIT = {_statistics.EQUIVALENT: 0, _statistics.BETTER: 0, _statistics.WORSE: 2, _statistics.UNDECIDED: 3}
@@ -99,9 +100,16 @@ def _energy(runs):
     if not known:
         reason = next((e.get("reason") for e in _pick(runs, "energy") if e), None)
         return {"joules_per_step": None, "net_joules_per_step": None, "joules_per_example": None, "method": None, "reason": reason or "not measured", "notes": []}
-    each = lambda key, by: _median([run["energy"][key] / run[by] for run in known if run["energy"].get(key) is not None and run.get(by)])
+    # A run that was compared with FP32 on the way also paid for that.
+    plain = [run for run in known if not run.get("shares")] or known
+    each = lambda key, by: _median([run["energy"][key] / run[by] for run in plain if run["energy"].get(key) is not None and run.get(by)])
     return {"joules_per_step": each("joules", "steps"), "net_joules_per_step": each("net_joules", "steps"), "joules_per_example": each("joules", "examples"),
             "method": known[0]["energy"].get("method"), "reason": None, "notes": known[0]["energy"].get("notes") or []}
+
+
+def peak(summary):
+    """Bytes that a run held at most: on the card where it had one, else of the process; None if unknown."""
+    return summary["cuda_peak_bytes"] or summary["peak_bytes"]
 
 
 def comparison(first, arm, metric, factor, delta, better="higher", percent=True):
@@ -113,7 +121,7 @@ def comparison(first, arm, metric, factor, delta, better="higher", percent=True)
         return {**found, "verdict": _statistics.UNDECIDED, "n": 0, "more": None, "note": "no seed that both arms have"}
     sign = 1.0 if better == "higher" else -1.0
     values = [(float(a["metrics"][metric]), float(b["metrics"][metric])) for a, b in pairs]
-    broken = [b["seed"] for (x, y), (_, b) in zip(values, pairs) if not math.isfinite(y)]
+    broken = [b["seed"] for (x, y), (_, b) in zip(values, pairs) if math.isfinite(x) and not math.isfinite(y)]  # where the first arm is broken too, nothing is known
     if broken or not all(math.isfinite(x) for x, _ in values):
         which = arm["name"] if broken else first["name"]
         return {**found, "verdict": _statistics.WORSE if broken else _statistics.UNDECIDED, "n": len(pairs), "more": None, "note": f"{metric} of {which} is not finite" + (f" with seed {broken[0]}" if broken else "")}
@@ -121,9 +129,12 @@ def comparison(first, arm, metric, factor, delta, better="higher", percent=True)
     found["differences"] = [sign * factor * (y - x) for x, y in values]
     found.update(_statistics.paired(found["differences"], delta, 100.0 / items if items and percent else 0.0))
     found["time_ratio"] = _ratio(pairs, "time", "step", "median")
-    found["memory_ratio"] = _ratio(pairs, "memory", "peak_bytes")
+    card = all(run.get("memory", {}).get("cuda_peak_bytes") for pair in pairs for run in pair)
+    found["memory_ratio"] = _ratio(pairs, "memory", "cuda_peak_bytes" if card else "peak_bytes")
     bits = [([int(c) for c in a["correct"]], [int(c) for c in b["correct"]]) for a, b in pairs if a.get("correct") and b.get("correct") and len(a["correct"]) == len(b["correct"])]
-    if len(bits) == len(pairs):
+    if len(bits) == len(pairs) and len({len(a) for a, _ in bits}) > 1:
+        found["note"] = "; ".join(filter(None, (found.get("note"), "the test sets differ in length from seed to seed, so items are not compared")))
+    elif len(bits) == len(pairs):
         found["mcnemar"] = _statistics.items(*zip(*bits))
         labels = next((a["labels"] for a, _ in pairs if a.get("labels")), None)
         if labels and len(labels) == items:
@@ -231,7 +242,7 @@ def _cells(arm, report):
     ledger = sum(s["ledger"].values()) if s["ledger"] else None
     return [arm["name"], show(s["mean"], "{:.2f}") + ("" if s["sd"] is None else f" ± {s['sd']:.2f}"), "" if found.get("mean") is None else f"{found['mean']:+.2f}", found.get("verdict", ""),
             show(None if time.get("median") is None else 1e3 * time["median"], "{:.2f}"), show(found.get("time_ratio", 1.0 if arm is report["arms"][0] else None), "{:.2f}"),
-            show(None if s["peak_bytes"] is None else s["peak_bytes"] / 2**20, "{:.0f}"), show(None if ledger is None else ledger / 2**20, "{:.2f}"),
+            show(None if peak(s) is None else peak(s) / 2**20, "{:.0f}"), show(None if ledger is None else ledger / 2**20, "{:.2f}"),
             f"{s['skipped']} of {s['steps']}" if s["steps"] else "–"]
 
 
@@ -240,9 +251,8 @@ def text(report):
     metric = report["metric"]
     columns = ["arm", f"{metric['name']}{' %' if metric['unit'] == '%' else ''}", "difference", "verdict", "step ms", "ratio", "peak MiB", "state MiB", "skipped"]
     rows = [columns, *(_cells(arm, report) for arm in report["arms"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    lines = ["  ".join(cell.ljust(w) if i in (0, 3) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows]
-    lines += ["", *(verdict_line(c, report) for c in report["comparisons"])]
+    lines = [table(rows, left=(0, 3)), ""]
+    lines += [ *(verdict_line(c, report) for c in report["comparisons"])]
     for arm in report["arms"]:
         if arm.get("failed"):
             lines.append(f"{arm['name']} failed with seed {arm['failed']['seed']}: {arm['failed']['line']} (log: {arm['failed']['log']})")

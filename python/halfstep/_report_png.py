@@ -3,7 +3,7 @@
 import math
 
 from ._extras import need
-from ._report import points
+from ._report import peak, points
 
 COLORS = ("#4269d0", "#e8740c", "#3c9a5f", "#a463f2", "#c7473a", "#8c6d31", "#0f8b8d", "#7f7f7f")
 
@@ -54,7 +54,7 @@ def _differences(axes, report):
 def _costs(axes, report):
     arms = [arm for arm in report["arms"] if arm["summary"]]
     ratios = {c["arm"]: c.get("time_ratio") for c in report["comparisons"]}
-    kinds = (("step time", lambda s: s["time_ratio"]), ("peak memory", lambda s: s["cuda_peak_bytes"] or s["peak_bytes"]),
+    kinds = (("step time", lambda s: s["time_ratio"]), ("peak memory", peak),
              ("training state", lambda s: sum(s["ledger"].values()) if s["ledger"] else None), ("energy", lambda s: s["energy"]["joules_per_step"]))
     kinds = [(name, values) for name, of in kinds for values in [[of({**arm["summary"], "time_ratio": ratios.get(arm["name"], 1.0)}) for arm in arms]] if values[0] and all(values)]
     axes.set_title(f"relative to {short(arms[0]['name'])}")

@@ -89,9 +89,10 @@ class AdaLoss(torch.nn.Sequential):
 
     def forward(self, x):
         """As torch.nn.Sequential, forward; the gradients are its too, but for what no longer falls below the range."""
-        if not torch.is_grad_enabled():
+        names = [name for name, _ in self._products()]
+        if not torch.is_grad_enabled() or not names:
             return super().forward(x)
-        if self._seen or any(s.device != x.device for s in self._scales.values()) or not self._scales:
+        if self._seen or any(name not in self._scales or self._scales[name].device != x.device for name in names):
             self._refresh(x.device)
         behind, carried = self._carried()
         watching = self._forwards % self._every == 0

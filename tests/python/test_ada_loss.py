@@ -157,6 +157,18 @@ def test_parameters_hooks_state_dict_and_copies_stay():
     assert all(torch.equal(a, b) for a, b in zip(grads(again, torch.ones(4, 8), torch.ones(4, 4)), grads(twice, torch.ones(4, 8), torch.ones(4, 4))))
 
 
+def test_the_chain_may_be_edited_and_sliced():
+    model = hs.ada_loss_(chain(), every=1)
+    x, y = torch.randn(4, 8), torch.randn(4, 4)
+    grads(model, x, y)
+    model.append(nn.Linear(4, 4))
+    grads(model, x, y)
+    assert list(model.scales) == ["0", "2", "4", "5"]
+    leaf = torch.randn(4, 16, requires_grad=True)
+    model[1:2](leaf).sum().backward()  # no product in it
+    torch.testing.assert_close(leaf.grad, 1 - leaf.detach().tanh() ** 2)
+
+
 def test_refusals_name_what_was_given():
     with pytest.raises(TypeError, match="ada_loss_: sequential is Linear; expected torch.nn.Sequential"):
         hs.ada_loss_(nn.Linear(2, 2))

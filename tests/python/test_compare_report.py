@@ -131,6 +131,24 @@ def test_less_is_better_where_the_job_says_so():
     assert "not finite" in _report_html.page(made)
 
 
+def test_a_first_arm_that_is_broken_too_condemns_nobody():
+    arms = [arm(name, FP32) for name in ("a", "b")]
+    for entry in arms:
+        for each in entry["runs"]:
+            each["metrics"]["accuracy"] = "nan"
+    made = _report.build(arms, 1.0)
+    assert made["comparisons"][0]["verdict"] == "cannot tell" and "accuracy of a is not finite" in made["comparisons"][0]["note"] and made["exit_status"] == 3
+
+
+def test_test_sets_of_different_length_are_not_pooled():
+    arms = [arm("a", FP32), arm("b", FP32)]
+    for entry in arms:
+        entry["runs"][1]["correct"] = entry["runs"][1]["correct"][:300]
+    made = _report.build(arms, 1.0)
+    assert "mcnemar" not in made["comparisons"][0] and "differ in length from seed to seed" in made["comparisons"][0]["note"]
+    assert "differ in length" in _report.text(made) and _report_html.page(made)
+
+
 def test_runs_that_were_not_paired_are_told():
     arms = [arm("a", FP32), arm("b", FP32)]
     for entry, prints in zip(arms, ("x", "y")):
@@ -177,7 +195,7 @@ def test_machines_in_one_table(tmp_path):
     rows = _merge.merge([a, b])
     assert [(r["machine"], r["arm"], r["time_ratio"]) for r in rows] == [("one", "fp32", 1.0), ("one", "mixed", 0.5), ("card", "fp32", 1.0), ("card", "mixed", 2.0)]
     assert rows[1]["difference"] == pytest.approx(0) and rows[1]["joules_per_step"] == pytest.approx(0.08) and rows[0]["joules_per_step"] is None
-    lines = _merge.table(rows).splitlines()
+    lines = _merge.as_text(rows).splitlines()
     assert len(lines) == 5 and lines[0].split()[:3] == ["machine", "device", "arm"] and "–" in lines[1]
 
 

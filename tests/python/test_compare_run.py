@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import halfstep as hs
-from halfstep import _job, _report, _schema, _worker, cli
+from halfstep import _compare, _compare_cli, _job, _report, _schema, _worker, cli
 from test_compare_tensorboard import scalars
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,7 @@ def test_scale_steps_and_skips_come_from_the_trace(tmp_path):
     ("mixed:master=fp31", "master is 'fp31'; expected one of auto, fp32"), ("mixed:policy=statik(scale=1)", "policy preset 'statik' is unknown"),
     ("mixed:policy=static(scale", "policy is 'static(scale'; expected a name, or name(key=value,…)"), ("mixed:policy=recorded", "for replays only"),
     ("mixed:qat=int8", "quantization-aware training is not part of this version"), ("fp32:compute=fp8", "compute is 'fp8'"),
+    ("bf16:policy=static(scale=8)", "policy is static(scale=8), but only FP16 losses are scaled and compute is bf16"),
 ])
 def test_an_arm_that_cannot_be_is_refused_by_name(text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -141,7 +143,16 @@ def test_optimizers_of_arms():
     model = mixed.apply(nn.Linear(2, 2))
     made = mixed.optimizer(torch.optim.AdamW, model.named_parameters())
     assert type(made) is hs.optim.AdamW and made.defaults["master"] == "fp32" and made.defaults["states"] == "bf16" and model.weight.dtype == torch.float16
-    assert isinstance(mixed.optimizer(torch.optim.RMSprop, mixed.apply(nn.Linear(2, 2)).named_parameters(), lr=0.1), hs.optim.Masters)
+    wide = hs.Arm.parse("mixed:master=fp64")
+    other = wide.optimizer(torch.optim.RMSprop, wide.apply(nn.Linear(2, 2)).named_parameters(), lr=0.1)
+    assert isinstance(other, hs.optim.Masters) and all(p.dtype == torch.float64 for p in other.master_params())
+    with pytest.raises(ValueError, match="states=bf16 is for classes of hs.optim, and RMSprop is none of them"):
+        mixed.optimizer(torch.optim.RMSprop, mixed.apply(nn.Linear(2, 2)).named_parameters())
+    # What an arm asks for is never left out.
+    asked = hs.Arm.parse("fp32:states=int8,master=fp64").optimizer("AdamW", params())
+    assert type(asked) is hs.optim.AdamW and asked.defaults["states"] == "int8" and asked.defaults["master"] == "fp64"
+    with pytest.raises(ValueError, match="optimizer=torch, but torch's AdamW knows no states"):
+        hs.Arm.parse("fp32:states=int8,optimizer=torch").optimizer("AdamW", params())
     with pytest.raises(ValueError, match="'Nope' is neither in torch.optim nor in halfstep.optim"):
         fp32.optimizer("Nope", params())
     with pytest.raises(ValueError, match="optimizer=torch, but torch's AdamW cannot step 16-bit weights"):
@@ -407,3 +418,12 @@ def test_fp16_without_a_scale_is_worse_on_the_sigmoid_net_and_the_first_layers_u
     done = halfstep("compare", f"{ROOT / 'examples/python/compare_digits.py'}:sigmoid", "--seeds", "2", "--arms", "fp32,fp16-s1", "--delta", "1.0pp", "--out", tmp_path)
     assert done.returncode == 2 and "fp16-s1 vs fp32: worse" in done.stdout, done.stdout + done.stderr
     assert "fp16-s1: underflow: weight gradients that FP32 has and FP16 loses: 1.weight 100 %" in done.stdout
+
+
+@pytest.mark.parametrize("seeds", [[0, 1, 2], [3, 4], [3]])
+def test_the_recorded_command_means_the_same_run(seeds):
+    arms = _job.parse_arms("fp32,mixed:policy=static(scale=1024),name=a b")
+    words = shlex.split(_compare._command("train.py:make", arms, seeds, "0.5pp", 50))
+    found = words[words.index("--seeds") + 1]
+    assert _compare._seeds(_compare_cli._seeds(found)) == seeds
+    assert [a.name for a in arms] == [words[i + 1] for i, word in enumerate(words) if word == "--arms"]

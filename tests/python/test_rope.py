@@ -221,3 +221,13 @@ def test_refusals_name_what_was_given():
                        (lambda: hs.nn.RotaryEmbedding(8)(x, seq_dim=-1), "seq_dim is -1")):
         with pytest.raises(ValueError, match=text):
             call()
+
+
+def test_tables_are_there_after_meta_and_negative_positions_are_refused():
+    with torch.device("meta"):
+        rope = hs.nn.RotaryEmbedding(8, max_seq_len=4)
+    rope.to_empty(device="cpu")
+    fresh = hs.nn.RotaryEmbedding(8, max_seq_len=4)
+    assert torch.equal(rope.cos, fresh.cos) and torch.equal(rope.sin, fresh.sin)
+    with pytest.raises(IndexError, match="RotaryEmbedding: positions hold -1; expected 0 to 3"):
+        rope(torch.randn(2, 8), torch.tensor([-1, 0]))

@@ -1,6 +1,7 @@
 """hs.swap_layers_: every stock layer becomes ours in place; what is left says why; nothing else changes."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import halfstep as hs
+from halfstep._swap import _ours
 
 
 class Net(nn.Module):
@@ -95,6 +97,11 @@ def test_hooks_and_tied_weights_stay():
     hs.swap_layers_(model)
     model(torch.tensor([1, 2])).sum().backward()
     assert calls == [1] and model[1].weight is model[0].weight
+
+
+@pytest.mark.parametrize("stock", sorted(_ours(), key=lambda cls: cls.__name__), ids=lambda cls: cls.__name__)
+def test_arguments_have_torchs_names(stock):
+    assert list(inspect.signature(_ours()[stock].forward).parameters)[1] == list(inspect.signature(stock.forward).parameters)[1]
 
 
 def test_probabilities_as_targets_still_go_to_torch():

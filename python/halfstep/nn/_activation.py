@@ -8,17 +8,17 @@ from .. import functional
 class GELU(torch.nn.GELU):
     """torch.nn.GELU, computed by hs.functional.gelu."""
 
-    def forward(self, x):
-        return functional.gelu(x, self.approximate)
+    def forward(self, input):
+        return functional.gelu(input, self.approximate)
 
 
 class SiLU(torch.nn.SiLU):
     """torch.nn.SiLU, computed by hs.functional.silu. With inplace=True the result is also written to x, as torch does."""
 
-    def forward(self, x):
+    def forward(self, input):
         if not self.inplace:
-            return functional.silu(x)
-        return x.copy_(functional.silu(x.clone()))
+            return functional.silu(input)
+        return input.copy_(functional.silu(input.clone()))
 
 
 class SquaredReLU(torch.nn.Module):

@@ -26,8 +26,8 @@ class Linear(torch.nn.Linear):
         if check_activation("Linear", activation) is not None:
             self.activation = activation
 
-    def forward(self, x):
-        return H.linear(x, self.weight, self.bias, self.activation)
+    def forward(self, input):
+        return H.linear(input, self.weight, self.bias, self.activation)
 
     def extra_repr(self):
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")

@@ -11,8 +11,8 @@ class LayerNorm(torch.nn.LayerNorm):
     A stock module becomes ours by `module.__class__ = hs.nn.LayerNorm`: parameters, hooks and names stay.
     """
 
-    def forward(self, x, residual=None):
-        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, residual)
+    def forward(self, input, residual=None):
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, residual)
 
 
 class RMSNorm(torch.nn.RMSNorm):

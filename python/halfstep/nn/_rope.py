@@ -27,8 +27,10 @@ class RotaryEmbedding(torch.nn.Module):
         return angles.cos().to(device, torch.float32), angles.sin().to(device, torch.float32)
 
     def _apply(self, fn, recurse=True):
+        unwritten = self.cos.is_meta
         super()._apply(fn, recurse)
-        if self.cos.dtype != torch.float32:  # .half() and its like: a rounded angle is a wrong position
+        # .half() and its like: a rounded angle is a wrong position. And to_empty() of a module made on meta leaves what was in memory.
+        if self.cos.dtype != torch.float32 or unwritten and not self.cos.is_meta:
             self.cos, self.sin = self._tables(self.cos.device)
         return self
 
@@ -41,6 +43,8 @@ class RotaryEmbedding(torch.nn.Module):
                 raise ValueError(f"RotaryEmbedding: x has {seq} positions but max_seq_len is {self.max_seq_len}")
             cos, sin = self.cos[:seq], self.sin[:seq]
         else:
+            if positions.device.type == "cpu" and not torch.compiler.is_compiling() and positions.numel() and positions.min() < 0:
+                raise IndexError(f"RotaryEmbedding: positions hold {int(positions.min())}; expected 0 to {self.max_seq_len - 1}")
             cos, sin = self.cos[positions], self.sin[positions]
             # Leading dimensions of positions are x's from the left; in between every head turns alike.
             between = [1] * (x.dim() - positions.dim() + seq_dim + 1) if positions.dim() > 1 else []

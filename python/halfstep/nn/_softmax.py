@@ -15,9 +15,9 @@ class Softmax(torch.nn.Softmax):
         super().__init__(dim)
         self.scale, self.causal = scale, causal
 
-    def forward(self, x, mask=None):
-        dim = self.dim if self.dim is not None else 0 if x.dim() in (0, 1, 3) else 1
-        return F.softmax(x, dim, self.scale, mask, self.causal)
+    def forward(self, input, mask=None):
+        dim = self.dim if self.dim is not None else 0 if input.dim() in (0, 1, 3) else 1
+        return F.softmax(input, dim, self.scale, mask, self.causal)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, scale={self.scale}, causal={self.causal}"
