@@ -19,6 +19,7 @@ import torch
 
 from . import _report, _schema, _worker
 from ._extras import need
+from ._file import replacing
 from ._job import parse_arms
 from ._library import PACKAGE, _C, cuda_status
 from ._progress import progress
@@ -284,9 +285,8 @@ def finish(arms, delta, out, where, config, command, notes=()):
     report = _report.build(arms, delta, where, config, command, notes)
     if out is not None:
         for name, text in (("report.json", json.dumps(report, indent=1, allow_nan=False) + "\n"), ("report.html", _report_html.page(report))):
-            partial = out / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, out / name)
+            with replacing(out / name, text=True) as file:
+                file.write(text)
         _report_png.draw(report, out / "report.png")
         shutil.rmtree(out / "events", ignore_errors=True)
         _report_events.write(report, out / "events")

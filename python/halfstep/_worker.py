@@ -18,6 +18,7 @@ import torch
 
 from . import _recording
 from ._energy import Meter
+from ._file import replacing
 from ._job import Arm, Job, fingerprint, tensors
 from ._ledger import ledger
 from ._measure import Clock, Memory
@@ -287,12 +288,8 @@ def fingerprint_of(texts):
 
 def write(path, value):
     """Atomically: whoever reads sees all of it or nothing."""
-    path, partial = Path(path), Path(f"{path}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with replacing(path, text=True) as file:
         json.dump(value, file, allow_nan=False, separators=(",", ":"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 class Teller:

@@ -10,6 +10,7 @@ import zipfile
 import torch
 
 from . import policies
+from ._file import replacing
 from ._library import H
 from ._room import BLOCK, UNSIGNED, check_fits, dtype_name, is_remainder
 
@@ -17,31 +18,13 @@ _FOREIGN = ("params", "param_names", "master", "states", "grad_dtype", "foreach"
 _STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 _ENTRIES = {"step", "master", "remainder", "weight_checksum", "ema", *_STATES, *(f"{key}_scale" for key in _STATES)}
 _OURS = ("master", "states", "grad_dtype", "ema_decay", "seed", "decouple_lr", "max_lr", "decay_order")  # group options that torch does not have
-_count = itertools.count()
 
 
 # -- files -----------------------------------------------------------------------------------------
 def save(obj, path):
     """torch.save to `path`, written beside it, synced and renamed: `path` always holds a whole file, the old or the new."""
-    target = os.path.realpath(os.fspath(path))  # a link keeps pointing where it does
-    folder = os.path.dirname(target)
-    temporary = f"{target}.tmp.{os.getpid()}.{next(_count)}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    entry = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(entry)
-    finally:
-        os.close(entry)
+    with replacing(path) as file:
+        torch.save(obj, file)
 
 
 def load(path, map_location=None):

@@ -219,7 +219,7 @@ def test_the_files_of_a_comparison(compared):
     tags = {tag for tag, _, _ in found}
     assert {"amp/loss_scale", "train/loss", "eval/accuracy", "amp/underflow_share/0.weight/weight_gradient", "amp/underflow_share/0/activation", "amp/headroom_bits/0.weight"} <= tags
     assert [(s, v) for tag, s, v in found if tag == "eval/accuracy"] == [(r["seed"], pytest.approx(r["metrics"]["accuracy"])) for r in report["arms"][1]["runs"]]
-    assert not list(folder.rglob("*.partial")) and not list(folder.rglob("*.spec"))
+    assert not list(folder.rglob("*.tmp.*")) and not list(folder.rglob("*.spec"))
 
 
 def test_a_changed_script_is_run_again(compared, tmp_path):
