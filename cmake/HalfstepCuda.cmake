@@ -45,6 +45,8 @@ add_library(halfstep_cuda SHARED ${cuda_sources})
 target_compile_options(
   halfstep_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-O3 -fmad=false --expt-relaxed-constexpr --Werror all-warnings
                         -Xcompiler=-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra>)
+target_precompile_headers(halfstep_cuda PRIVATE <ATen/core/Tensor.h> <ATen/ops/empty.h> <torch/library.h> <array>
+                          <string> <vector>)
 target_include_directories(halfstep_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 target_link_libraries(halfstep_cuda PRIVATE halfstep_flags halfstep halfstep_torch_cuda CUDA::cudart)
 set_target_properties(
