@@ -5,13 +5,11 @@
 
 #include <ostream>
 
+#include "../ops/optional.h"
+
 namespace halfstep::nn {
 
 namespace {
-
-std::optional<at::Tensor> given(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
 
 void check_form(const char* module, const std::string& approximate) {
   TORCH_CHECK(approximate == "none" || approximate == "tanh", module, ": approximate is '",
@@ -49,7 +47,7 @@ void SwiGLUImpl::pretty_print(std::ostream& stream) const {
   stream << "halfstep::nn::SwiGLU(count_overflow=" << options.count_overflow_ << ")";
 }
 at::Tensor SwiGLUImpl::forward(const at::Tensor& gate, const std::optional<at::Tensor>& up) {
-  return functional::swiglu(gate, up, given(overflowed));
+  return functional::swiglu(gate, up, ops::given(overflowed));
 }
 
 GeGLUImpl::GeGLUImpl(GatedOptions o) : options(std::move(o)) {
@@ -62,7 +60,7 @@ void GeGLUImpl::pretty_print(std::ostream& stream) const {
          << ", count_overflow=" << options.count_overflow_ << ")";
 }
 at::Tensor GeGLUImpl::forward(const at::Tensor& gate, const std::optional<at::Tensor>& up) {
-  return functional::geglu(gate, up, options.approximate_, given(overflowed));
+  return functional::geglu(gate, up, options.approximate_, ops::given(overflowed));
 }
 
 BiasDropoutAddImpl::BiasDropoutAddImpl(double probability) : p(probability) {

@@ -7,18 +7,16 @@
 #include <cmath>
 #include <ostream>
 
+#include "../ops/optional.h"
+
 namespace halfstep::nn {
 
 namespace {
 
-std::optional<at::Tensor> given(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
-
 functional::CrossEntropyOptions with(functional::CrossEntropyOptions options,
                                      const at::Tensor& weight,
                                      const std::optional<at::Tensor>& grad_scale) {
-  options.weight_ = given(weight);
+  options.weight_ = ops::given(weight);
   if (grad_scale) options.grad_scale_ = grad_scale;
   return options;
 }
@@ -72,11 +70,11 @@ void LinearCrossEntropyLossImpl::pretty_print(std::ostream& stream) const {
 }
 at::Tensor LinearCrossEntropyLossImpl::forward(const at::Tensor& x, const at::Tensor& target,
                                                const std::optional<at::Tensor>& grad_scale) {
-  return functional::linear_cross_entropy(x, weight, target, given(bias),
+  return functional::linear_cross_entropy(x, weight, target, ops::given(bias),
                                           with(options.loss_, class_weight, grad_scale));
 }
 at::Tensor LinearCrossEntropyLossImpl::logits(const at::Tensor& x) {
-  return at::linear(x, weight, given(bias));
+  return at::linear(x, weight, ops::given(bias));
 }
 
 }  // namespace halfstep::nn

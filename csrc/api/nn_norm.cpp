@@ -7,23 +7,17 @@
 #include <ostream>
 #include <utility>
 
+#include "../ops/optional.h"
+
 namespace halfstep::nn {
 
-namespace {
-
-std::optional<at::Tensor> optional(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional(tensor) : std::nullopt;
-}
-
-}  // namespace
-
 at::Tensor LayerNormImpl::forward(const at::Tensor& x) {
-  return functional::layer_norm(x, options.normalized_shape(), optional(weight), optional(bias),
+  return functional::layer_norm(x, options.normalized_shape(), ops::given(weight), ops::given(bias),
                                 options.eps());
 }
 std::tuple<at::Tensor, at::Tensor> LayerNormImpl::forward_residual(const at::Tensor& x,
                                                                    const at::Tensor& residual) {
-  return functional::layer_norm(x, options.normalized_shape(), optional(weight), optional(bias),
+  return functional::layer_norm(x, options.normalized_shape(), ops::given(weight), ops::given(bias),
                                 options.eps(), residual);
 }
 
@@ -56,12 +50,12 @@ void RMSNormImpl::pretty_print(std::ostream& stream) const {
   stream << ")";
 }
 at::Tensor RMSNormImpl::forward(const at::Tensor& x) {
-  return functional::rms_norm(x, options.normalized_shape(), optional(weight), options.eps(),
+  return functional::rms_norm(x, options.normalized_shape(), ops::given(weight), options.eps(),
                               options.weight_offset());
 }
 std::tuple<at::Tensor, at::Tensor> RMSNormImpl::forward_residual(const at::Tensor& x,
                                                                  const at::Tensor& residual) {
-  return functional::rms_norm(x, options.normalized_shape(), optional(weight), options.eps(),
+  return functional::rms_norm(x, options.normalized_shape(), ops::given(weight), options.eps(),
                               residual, options.weight_offset());
 }
 

@@ -129,10 +129,6 @@ std::tuple<at::Tensor, at::Tensor> call_dropout_backward(const at::Tensor& grad,
   return op.call(grad, p, seed, bias);
 }
 
-OptionalTensor optional(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
 // ---- second derivatives
 // --------------------------------------------------------------------------
 
@@ -209,7 +205,7 @@ struct GatedUnit : Function<GatedUnit> {
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
     const auto activation = Activation(context->saved_data["activation"].toInt());
-    auto results = call_gated_backward(activation, grads[0], saved[0], optional(saved[1]));
+    auto results = call_gated_backward(activation, grads[0], saved[0], given(saved[1]));
     results.resize(4);
     return results;
   }
@@ -231,7 +227,7 @@ struct GatedUnitBackward : Function<GatedUnitBackward> {
     const bool packed = !saved[2].defined();
     const auto type = saved[1].scalar_type();
     const auto both = [&](const at::Tensor& first, const at::Tensor& second) {
-      const Gated pair = halves("gated unit", first, optional(second));
+      const Gated pair = halves("gated unit", first, given(second));
       return Gated{widened(pair.gate), widened(pair.up)};
     };
     const at::Tensor d = widened(saved[0]);
@@ -266,7 +262,7 @@ struct DropoutAdd : Function<DropoutAdd> {
       results[0] = grads[0];
       return results;
     }
-    const auto seed = optional(context->get_saved_variables()[0]);
+    const auto seed = given(context->get_saved_variables()[0]);
     at::Tensor sums;
     std::tie(results[0], sums) = call_dropout_backward(grads[0], p, seed, bias);
     if (bias) results[1] = sums;
@@ -287,7 +283,7 @@ struct DropoutAddBackward : Function<DropoutAddBackward> {
   }
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const double p = context->saved_data["p"].toDouble();
-    const auto seed = optional(context->get_saved_variables()[0]);
+    const auto seed = given(context->get_saved_variables()[0]);
     const bool bias = context->saved_data["bias"].toBool();
     const at::Tensor v = bias ? grads[0] + grads[1] : grads[0];
     return {std::get<0>(call_dropout_backward(v, p, seed, false)), at::Tensor(), at::Tensor(),
@@ -306,7 +302,7 @@ struct Differentiable {
   }
   static at::Tensor gated(const char*, Activation activation, const at::Tensor& gate,
                           const OptionalTensor& up, const at::Tensor& overflowed = {}) {
-    return GatedUnit::apply(gate, up, optional(overflowed), int64_t(activation));
+    return GatedUnit::apply(gate, up, given(overflowed), int64_t(activation));
   }
   static std::vector<at::Tensor> gated_backward(const char*, Activation activation,
                                                 const at::Tensor& grad, const at::Tensor& gate,

@@ -15,13 +15,12 @@
 #include <vector>
 
 #include "check.h"
+#include "optional.h"
 #include "spans.h"
 
 namespace halfstep::ops {
 
 using math::Activation;
-using OptionalTensor = std::optional<at::Tensor>;
-
 /// "none" or "tanh", as in torch.nn.functional.gelu.
 inline Activation gelu_form(const char* op, std::string_view approximate) {
   TORCH_CHECK(approximate == "none" || approximate == "tanh", op, ": approximate is '", approximate,

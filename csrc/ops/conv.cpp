@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "dispatch.h"
+#include "optional.h"
 
 // Convolution of 1 to 3 dimensions, plain and transposed. On the CPU (csrc/cpu/conv.cpp) the result
 // is rounded once, bias included; on other devices it is torch's own kernel. Both directions are
@@ -20,7 +21,6 @@ namespace halfstep::ops {
 
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
 using Tensors = std::vector<at::Tensor>;
 using Three = std::array<at::Tensor, 3>;
 using SymInts = c10::SymIntArrayRef;

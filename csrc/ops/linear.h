@@ -10,13 +10,12 @@
 #include <tuple>
 
 #include "../math/linear.h"
+#include "optional.h"
 
 namespace halfstep::ops {
 
 using math::LinearActivation;
 using OptionalName = std::optional<std::string_view>;
-using OptionalTensor = std::optional<at::Tensor>;
-
 /// None, "relu", "gelu", "gelu_tanh"; another name raises.
 LinearActivation activation_of(const char* op, OptionalName name);
 

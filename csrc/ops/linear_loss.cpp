@@ -121,10 +121,6 @@ Grads backward_once(const at::Tensor& grad_output, const at::Tensor& x, const at
   return grads;
 }
 
-OptionalTensor given(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
 /// x [N, H], target [N].
 struct LinearCrossEntropyRows : torch::autograd::Function<LinearCrossEntropyRows> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,

@@ -117,10 +117,6 @@ at::Tensor rescale_once(const at::Tensor& grad, const at::Tensor& grad_output,
   return scaled;
 }
 
-OptionalTensor given(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-
 /// logits [N, V], target [N].
 struct CrossEntropyRows : torch::autograd::Function<CrossEntropyRows> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& logits,

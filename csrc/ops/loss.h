@@ -11,10 +11,9 @@
 #include "../math/loss.h"
 #include "check.h"
 #include "gather.h"
+#include "optional.h"
 
 namespace halfstep::ops {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 enum class Reduction { kNone, kMean, kSum };
 inline Reduction reduction_of(const char* op, std::string_view name) {

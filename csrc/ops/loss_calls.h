@@ -10,10 +10,10 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "optional.h"
 
 namespace halfstep::ops {
 
-using OptionalTensor = std::optional<at::Tensor>;
 /// loss, stats, total, gradient.
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 

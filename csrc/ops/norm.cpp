@@ -7,6 +7,7 @@
 #include <array>
 
 #include "dispatch.h"
+#include "optional.h"
 
 // LayerNorm and RMSNorm, with a residual stream that is added on the way in and handed on.
 // Formulas: csrc/math/norm.h. There is no autocast kernel: every dtype is computed in FP32 or
@@ -17,7 +18,6 @@ namespace halfstep::ops {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using Shape = c10::SymIntArrayRef;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -115,14 +115,11 @@ void save(AutogradContext* context, size_t dims, const Tensor& x, const Optional
 
 Saved unpack(AutogradContext* context) {
   const variable_list saved = context->get_saved_variables();
-  const auto optional = [](const Tensor& t) {
-    return t.defined() ? OptionalTensor(t) : std::nullopt;
-  };
   const auto sizes = saved[0].sym_sizes();
   return {saved[0],
-          optional(saved[1]),
-          optional(saved[2]),
-          optional(saved[3]),
+          given(saved[1]),
+          given(saved[2]),
+          given(saved[3]),
           saved[4],
           sizes.slice(sizes.size() - size_t(context->saved_data["dims"].toInt())),
           context->saved_data["has_residual"].toBool()};
