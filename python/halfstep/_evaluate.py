@@ -13,6 +13,7 @@ from ._room import dtype_name
 from ._shares import Shares, shares
 from ._table import table
 
+MODULE_ERROR = 0.05  # of a module's output: root mean square of the error over that of the output. FP16 alone is a hundred times better
 
 @dataclass
 class Precision:
@@ -39,6 +40,7 @@ class _Tally:
         self._sum, self._squares, self._compared, self._losses, self._examples = 0.0, 0.0, 0, 0.0, 0
 
     def add(self, found, reference):
+        """Takes a batch in; returns how bad it is: (results that are not finite, mean error)."""
         row = self.row
         if found.shape != reference.shape:
             raise ValueError(f"predict gives {list(found.shape)} where FP64 gives {list(reference.shape)}")
@@ -46,7 +48,8 @@ class _Tally:
         both = found.isfinite() & reference.isfinite()
         error = (found - reference).abs()[both]
         row.results += found.numel()
-        row.nonfinite += int((~found.isfinite() & reference.isfinite()).sum())
+        bad = int((~found.isfinite() & reference.isfinite()).sum())
+        row.nonfinite += bad
         self._compared += error.numel()
         self._sum, self._squares = self._sum + float(error.sum()), self._squares + float(reference[both].square().sum())
         row.max_error = max(row.max_error or 0.0, float(error.max()) if error.numel() else 0.0)
@@ -55,6 +58,7 @@ class _Tally:
             gap = (reference.gather(self._dim, best) - reference.gather(self._dim, chosen))[best != chosen]
             row.items, row.flips = row.items + best.numel(), row.flips + gap.numel()
             row.widest_flip = max(row.widest_flip, float(gap.max()) if gap.numel() else 0.0)
+        return bad, float(error.mean()) if error.numel() else 0.0
 
     def lose(self, loss, examples):
         self._losses, self._examples = self._losses + float(loss) * examples, self._examples + examples
@@ -121,8 +125,9 @@ def evaluate(model, optimizers, batches, dtypes=(torch.float16, torch.float32, t
     class_dim: the dimension of the logits that an item's class is the largest of; None, or one result an item: no classes.
 
     FP16 is good enough if it runs, if every result that is finite in FP64 is finite, and if the class differs for at most `max_flips` of the
-    items (0.005); without classes, if the mean error is at most `max_error` (0.01) of the results' root mean square. Where a module makes
-    results inf or NaN or a weight does not fit, the modules that must compute in FP32 are looked for, and FP16 with them is a row of its own.
+    items (0.005); without classes, if the mean error is at most `max_error` (0.01) of the results' root mean square. Else the modules that must
+    compute in FP32 are looked for: the first whose output is inf, NaN or off by 5 % in FP16, again until none is, and those whose weights do not
+    fit. FP16 with them is a row of its own.
     """
     for dtype in dtypes:
         if dtype not in DTYPES:
@@ -135,23 +140,19 @@ def evaluate(model, optimizers, batches, dtypes=(torch.float16, torch.float32, t
     rows = run.rows({dtype_name(d): (d, run.kept) for d in (*dtypes, torch.float64, torch.float16)})
     wanted = [dtype_name(d) for d in dtypes]
     ok, why = _judge(rows["float16"], max_flips, max_error)
-    kept, helped = list(run.kept), None
-    if not ok and (rows["float16"].reason or rows["float16"].nonfinite):
-        islands = run.islands()
-        if islands is not None and islands != run.kept:
-            name = "float16 with FP32 islands"
-            row = run.rows({name: (torch.float16, islands), "float64": (torch.float64, None)})[name]
-            helped, kept = _judge(row, max_flips, max_error), islands
-            rows, wanted = {**rows, name: row}, [*wanted, name]
-        else:
-            kept = None if islands is None else kept
-    verdict = f"deploy in FP16: {'yes' if ok else 'no'}, because {why}"
-    if helped is not None:
-        added = ", ".join(repr(n) for n in kept if n not in run.kept)
-        verdict += f"; with {added} in FP32: {'yes' if helped[0] else 'no'}, because {helped[1]}"
-    elif kept is None:
+    kept, verdict = list(run.kept), f"deploy in FP16: {'yes' if ok else 'no'}, because {why}"
+    islands = kept if ok else run.islands()
+    if islands is None:
         verdict += "; no set of modules in FP32 helps"
-    return Evaluation({name: rows[name] for name in dict.fromkeys(wanted)}, ok, verdict, kept, run.layers, run.weights)
+    elif not ok and islands == kept:
+        verdict += f"; no module alone is off by {MODULE_ERROR:.0%}"
+    elif not ok:
+        name = "float16 with FP32 islands"
+        rows[name] = run.rows({name: (torch.float16, islands)})[name]
+        helped, because = _judge(rows[name], max_flips, max_error)
+        added = ", ".join(repr(n) for n in islands if n not in kept)
+        verdict, wanted = f"{verdict}; with {added} in FP32: {'yes' if helped else 'no'}, because {because}", [*wanted, name]
+    return Evaluation({name: rows[name] for name in dict.fromkeys(wanted)}, ok, verdict, islands, run.layers, run.weights)
 
 
 def _judge(row, max_flips, max_error):
@@ -174,7 +175,7 @@ class _Evaluate:
     def __init__(self, model, optimizers, batches, predict, loss, evaluate, class_dim, weights, kept):
         self._model, self._optimizers, self._batches, self._weights = model, optimizers, batches, weights
         self._predict, self._loss, self._metrics, self._class_dim = predict, loss, evaluate, class_dim
-        self.layers, self.weights, self.kept, self._broken = {}, {}, kept, None
+        self.layers, self.weights, self.kept, self._worst = {}, {}, kept, ((0, -1.0), None)
 
     def _twin(self, dtype, keep_fp32):
         return deployable(self._model, self._optimizers, dtype, keep_fp32, self._weights)
@@ -222,7 +223,9 @@ class _Evaluate:
             tally = tallies[name]
             try:
                 found = exact if twin is reference else self._results(twin, batch)
-                tally.add(found, exact)
+                badness = tally.add(found, exact)
+                if name == "float16" and badness > self._worst[0]:
+                    self._worst = badness, batch
                 if self._loss is not None:
                     tally.lose(self._results(twin, batch, self._loss), next((t.shape[0] for t in tensors(batch) if t.dim()), 1))
             except (RuntimeError, ValueError) as error:  # an op that lacks the dtype
@@ -230,8 +233,6 @@ class _Evaluate:
                     raise
                 tally.row.reason = str(error).strip().splitlines()[0]
                 del twins[name]
-            if name == "float16" and tally.row.nonfinite and self._broken is None:
-                self._broken = batch
 
     def _look(self, name):
         def look(module, args, output):
@@ -242,41 +243,41 @@ class _Evaluate:
 
     # -- FP32 islands ------------------------------------------------------------------------------
     def islands(self):
-        """The modules, beside those kept anyway, that must compute in FP32 for the results to be finite; None if that does not help."""
+        """The modules, those kept anyway among them, that must compute in FP32 for every module's output to be near FP64's; None if no set of modules does."""
         islands = list(self.kept)
         reference = self._twin(torch.float64, None)
         for name, param in reference.named_parameters():
-            if param.is_floating_point() and bool((param.abs() >= OVERFLOW).any()) and not _within(name.rpartition(".")[0], islands):
-                if "." not in name:
+            owner = name.rpartition(".")[0]
+            if param.is_floating_point() and bool((param.abs() >= OVERFLOW).any()) and not _within(owner, islands):
+                if not owner:
                     return None
-                islands = _add(islands, name.rpartition(".")[0])
-        batches = [self._broken] if self._broken is not None else self._batches
-        for batch in batches:
-            exact = self._outputs(reference, batch)
-            for _ in range(len(exact) + 1):
-                try:
-                    found = self._outputs(self._twin(torch.float16, islands), batch)
-                except (RuntimeError, ValueError):
-                    return None
-                bad = next((key for key, (count, _) in found.items() if count > exact.get(key, (0, 0))[0]), None)
-                if bad is None:
-                    break
-                name = _around(bad[0], islands, {key[0]: value[1] for key, value in sorted(exact.items(), key=lambda e: e[1][1])})
-                if name is None:
-                    return None
-                islands = _add(islands, name)
-        return islands
+                islands = _add(islands, owner)
+        batch = self._worst[1] if self._worst[1] is not None else next(iter(self._batches))
+        exact, amax = {}, {}
+        self._outputs(reference, batch, lambda key, values: exact.setdefault(key, values))
+        for (name, _), values in exact.items():
+            amax[name] = max([amax.get(name, 0.0), *(float(v[v.isfinite()].abs().max()) for v in values if bool(v.isfinite().any()))])
+        while True:
+            bad = []
+            try:
+                self._outputs(self._twin(torch.float16, islands), batch, lambda key, values: bad.append(key[0]) if _off(values, exact.get(key, ())) else None)
+            except (RuntimeError, ValueError):
+                return None
+            if not bad:
+                return islands
+            name = _around(bad[0], islands, amax)  # the first whose call ended: what comes after it has its error
+            if name is None:
+                return None
+            islands = _add(islands, name)
 
-    def _outputs(self, twin, batch):
-        """{(module, number of the call): (how many outputs are not finite, the largest magnitude)}, in the order in which the calls end."""
-        found, calls = {}, {}
+    def _outputs(self, twin, batch, tell):
+        """tell((module, number of the call), its floating outputs in FP64), in the order in which the calls end."""
+        calls = {}
 
         def look(name):
             def hook(module, args, output):
                 calls[name] = calls.get(name, 0) + 1
-                values = [t.detach() for t in tensors(output) if t.is_floating_point() and t.numel()]
-                bad = sum(int((~t.isfinite()).sum()) for t in values)
-                found[name, calls[name]] = bad, max((float(t[t.isfinite()].abs().max()) for t in values if bool(t.isfinite().any())), default=0.0)
+                tell((name, calls[name]), [t.detach().double() for t in tensors(output) if t.is_floating_point() and t.numel()])
             return hook
 
         handles = [module.register_forward_hook(look(name)) for name, module in twin.named_modules()]
@@ -285,7 +286,17 @@ class _Evaluate:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+
+
+def _off(values, exact):
+    """Whether an output of a module is not finite where FP64's is, or off by MODULE_ERROR."""
+    for v, e in zip(values, exact):
+        finite = e.isfinite()
+        if v.shape != e.shape or not bool(v[finite].isfinite().all()):
+            return v.shape == e.shape
+        if float((v - e)[finite].square().sum()) > MODULE_ERROR**2 * float(e[finite].square().sum()):
+            return True
+    return False
 
 
 def _within(name, islands):

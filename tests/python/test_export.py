@@ -145,6 +145,24 @@ def test_an_overflow_inside_a_module_makes_that_module_the_island():
     assert found.islands == ["1"] and not found.deploy and found.rows["float16 with FP32 islands"].nonfinite == 0
 
 
+def test_an_overflow_that_a_later_step_hides_is_found():
+    """x / inf is 0: every result is finite, and wrong."""
+    class Normalise(nn.Module):
+        def forward(self, x):
+            return x / x.square().sum(-1, keepdim=True).sqrt()
+
+    torch.manual_seed(0)
+    found = hs.evaluate(nn.Sequential(Normalise(), nn.Linear(16, 5)), None, [X, X * 255])
+    assert found.rows["float16"].nonfinite == 0 and found.rows["float16"].flips > 10 and found.islands == ["0"] and "with '0' in FP32: yes" in found.verdict
+
+
+def test_where_no_module_is_to_blame_it_says_so():
+    net = nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.0], [1.0 + 2**-13]]))
+    assert hs.evaluate(net, None, [torch.ones(8, 1)]).verdict.endswith("(allowed: 0.50%); no module alone is off by 5%")
+
+
 def test_a_weight_that_does_not_fit_is_named_and_its_module_kept():
     net = Block()
     with torch.no_grad():
