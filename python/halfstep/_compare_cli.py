@@ -130,7 +130,7 @@ def guarded(options):
     try:
         return options.run(options)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"{name}: interrupted" + ("; the same command goes on from here" if options.command == "compare" else ""), file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)

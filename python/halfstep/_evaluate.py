@@ -135,6 +135,8 @@ def evaluate(model, optimizers, batches, dtypes=(torch.float16, torch.float32, t
     for name, value in (("max_flips", max_flips), ("max_error", max_error)):
         if not 0 <= value < 1:
             raise ValueError(f"evaluate: {name} is {value}; expected a share from 0 to 1")
+    if isinstance(batches, (torch.Tensor, dict)):
+        raise TypeError(f"evaluate: batches is one {type(batches).__name__}; expected several batches: a list, a DataLoader, x.split(128)")
     batches = list(batches) if iter(batches) is batches else batches
     run = _Evaluate(model, optimizers, batches, predict or _predict, loss, evaluate, class_dim, weights, islands_asked(model, keep_fp32))
     rows = run.rows({dtype_name(d): (d, run.kept) for d in (*dtypes, torch.float64, torch.float16)})
@@ -214,10 +216,15 @@ class _Evaluate:
         return self._results(twin, None, lambda model, _: self._metrics(model)) if self._metrics is not None else {}
 
     def _batch(self, batch, twins, tallies, reference):
-        exact = self._results(reference, batch)
+        try:
+            exact = self._results(reference, batch)
+        except RuntimeError as error:
+            raise RuntimeError(f"evaluate: the model does not run in float64, with which the others are compared: {str(error).strip().splitlines()[0]}") from error
         if not isinstance(exact, torch.Tensor) or not exact.is_floating_point():
             found = str(exact.dtype) if isinstance(exact, torch.Tensor) else type(exact).__name__
             raise TypeError(f"evaluate: the model gives {found}; expected a floating tensor: pass predict=lambda model, batch: …")
+        if self._class_dim is not None and exact.dim() >= 2 and not -exact.dim() <= self._class_dim < exact.dim():
+            raise ValueError(f"evaluate: class_dim is {self._class_dim}, but the results are {list(exact.shape)}")
         exact = exact.detach().to(torch.float64)
         for name, twin in list(twins.items()):
             tally = tallies[name]
@@ -229,7 +236,7 @@ class _Evaluate:
                 if self._loss is not None:
                     tally.lose(self._results(twin, batch, self._loss), next((t.shape[0] for t in tensors(batch) if t.dim()), 1))
             except (RuntimeError, ValueError) as error:  # an op that lacks the dtype
-                if twin is reference:
+                if twin is reference:  # the loss
                     raise
                 tally.row.reason = str(error).strip().splitlines()[0]
                 del twins[name]

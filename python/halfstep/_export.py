@@ -72,6 +72,8 @@ def export(model, optimizers, path, dtype=torch.float32, *, format=None, example
     format = _format(path, format)
     if dtype not in DTYPES:
         raise ValueError(f"export: dtype is {dtype}; expected {', '.join(map(str, DTYPES))}")
+    if keep_fp32 is not None and dtype not in SIXTEEN:
+        raise ValueError(f"export: keep_fp32 is {keep_fp32!r}, but dtype is {dtype}: it keeps modules of a 16-bit file in FP32")
     if format in GRAPHS and example is None:
         raise ValueError(f"export: example is None; {format} traces the model with a tuple of inputs: example=(x,)")
     if format not in GRAPHS and (example is not None or dynamic_shapes is not None):
@@ -82,7 +84,7 @@ def export(model, optimizers, path, dtype=torch.float32, *, format=None, example
     for package in {"safetensors": ["safetensors.torch"], "onnx": ["onnx", "onnxscript"]}.get(format, []):
         _extras.need(package)
     twin = deployable(model, optimizers, dtype, keep_fp32, weights)
-    state = {key: value.detach().contiguous() if isinstance(value, torch.Tensor) else value for key, value in twin.state_dict().items()}
+    state = {key: value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else value for key, value in twin.state_dict().items()}
     report = ExportReport(path, format, dtype, 0, {key: (value.dtype, tuple(value.shape)) for key, value in state.items() if isinstance(value, torch.Tensor)})
     if dtype in SIXTEEN:
         report.islands = {name: [n for n, _ in twin.get_submodule(name).named_parameters()] for name in islands_of(twin)}

@@ -44,8 +44,12 @@ def staged(path):
     folder, name = os.path.split(target)
     stage = tempfile.mkdtemp(prefix=f"{name}.tmp.", dir=folder)
     try:
-        yield os.path.join(stage, name)
+        with open(os.path.join(stage, name), "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777  # as any new file here; some writers make theirs private
+        os.unlink(file.name)
+        yield file.name
         for part in sorted(os.listdir(stage), key=lambda part: part == name):
+            os.chmod(os.path.join(stage, part), mode)
             _sync(os.path.join(stage, part))
             os.replace(os.path.join(stage, part), os.path.join(folder, part))
     finally:

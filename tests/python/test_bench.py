@@ -1,11 +1,13 @@
 """halfstep bench: what is measured computes the same thing, the arithmetic of rounds and break-even on made-up times, files and their merging. No test looks at a real time."""
 
+import inspect
 import itertools
 import json
 import os
 import subprocess
 import sys
 
+import docs
 import pytest
 import torch
 
@@ -219,3 +221,11 @@ def test_the_command_prints_and_writes_and_merge_reads_it(tmp_path):
     assert done.returncode == 0 and "a training step by width" in done.stdout and f"wrote {tmp_path / 'a.json'}" in done.stdout, done.stderr
     merged = command("merge", tmp_path / "a.json", tmp_path / "a.json", "--json", tmp_path / "rows.json")
     assert merged.returncode == 0 and "width 16" in merged.stdout and len(json.loads((tmp_path / "rows.json").read_text())) == 12, merged.stderr
+
+
+def test_the_page_states_what_is_measured():
+    page, sizes = (docs.DOCS / "bench.md").read_text(), _bench_cases.SIZES["small"]
+    for figure in (f"{sizes['parameters']:,} parameters in {_bench_cases.TENSORS} tensors", f"more than {_bench.SLOW} s", f"{_bench.BATCH} rows", "four linear layers", "eight layers", "five modes", "a quarter apart"):
+        assert figure in page
+    assert (_bench.DEPTH, len(_bench_cases.cases("small")), len(_bench_cases.MODES), _bench.DISTURBED) == (4, 8, 5, 0.25)
+    assert f"`--rounds` ({inspect.signature(hs.bench).parameters['rounds'].default})" in page

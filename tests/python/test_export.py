@@ -184,6 +184,8 @@ def test_where_nothing_helps_it_says_so():
     (lambda net: hs.evaluate(net, None, [X], (torch.int8,)), ValueError, "dtypes holds torch.int8"), (lambda net: hs.evaluate(net, None, []), ValueError, "batches is empty"),
     (lambda net: hs.evaluate(net, None, [X], max_flips=2), ValueError, "max_flips is 2"), (lambda net: hs.evaluate(net, None, [X], predict=lambda m, b: None), TypeError, "gives NoneType"),
     (lambda net: hs.evaluate(net, torch.optim.SGD(net.parameters()), [X]), TypeError, "SGD is not a halfstep optimizer"),
+    (lambda net: hs.evaluate(net, None, X), TypeError, r"batches is one Tensor; .* x.split\(128\)"), (lambda net: hs.evaluate(net, None, [X], class_dim=4), ValueError, r"class_dim is 4, but the results are \[40, 5\]"),
+    (lambda net: hs.evaluate(net, None, [X[:, :3]]), RuntimeError, "does not run in float64, with which the others are compared: "),
     (lambda net: hs.evaluate(net, None, [X], keep_fp32=["nope"]), ValueError, "keep_fp32 has 'nope'")])
 def test_bad_arguments_of_evaluate(call, kind, message):
     with pytest.raises(kind, match=message):
@@ -249,6 +251,25 @@ def test_tied_weights_have_every_name_and_the_running_mean_can_be_written(tmp_pa
     assert torch.equal(read(tmp_path / "c.pt")["0.weight"], opt.ema_params()[0].half())
 
 
+def test_files_appear_whole_with_the_rights_of_any_new_file_or_not_at_all(tmp_path):
+    from halfstep._file import staged
+
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(KeyError), staged(path) as name:
+        open(name, "w").write("half")
+        raise KeyError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
+    with staged(path) as name:
+        for part, text in ((name + ".data", "beside"), (name, "new")):
+            os.close(os.open(part, os.O_CREAT, 0o600))
+            open(part, "w").write(text)
+        assert path.read_text() == "old"
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert path.read_text() == "new" and (tmp_path / "a.data").read_text() == "beside" and path.stat().st_mode == plain.stat().st_mode
+
+
 def test_bf16_weights_are_the_trained_ones_on_ties_too(tmp_path):
     net = nn.Linear(1, 1, bias=False)
     hs.cast_model(net, torch.bfloat16)
@@ -263,6 +284,7 @@ def test_bf16_weights_are_the_trained_ones_on_ties_too(tmp_path):
     (lambda net, p: hs.export(net, None, p / "a.pt", torch.int8), ValueError, "dtype is torch.int8"), (lambda net, p: hs.export(net, None, p / "a.onnx"), ValueError, r"onnx traces the model .* example=\(x,\)"),
     (lambda net, p: hs.export(net, None, p / "a.pt", example=(X,)), ValueError, "example is given, but a file of torch holds weights only"),
     (lambda net, p: hs.export(net, None, p / "no" / "a.pt"), FileNotFoundError, "there is no folder"),
+    (lambda net, p: hs.export(net, None, p / "a.pt", keep_fp32=["head"]), ValueError, r"keep_fp32 is \['head'\], but dtype is torch.float32"),
     (lambda net, p: hs.export(net, None, p / "a.pt", torch.float16, keep_fp32="nope*"), ValueError, "keep_fp32 has 'nope"),
     (lambda net, p: hs.export(net, None, p / "a.pt2", example=(X[:, :3],)), Exception, "shape|size|must match|3")])
 def test_bad_arguments_of_export_leave_no_file(call, kind, message, tmp_path):
