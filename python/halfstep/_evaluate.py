@@ -66,7 +66,8 @@ class _Tally:
     def done(self, model, evaluate):
         row = self.row
         row.mean_error = self._sum / self._compared if self._compared else None
-        row.relative_error = self._sum / math.sqrt(self._squares * self._compared) if self._squares else None
+        if self._compared:  # results that are 0 throughout are right or infinitely wrong
+            row.relative_error = self._sum / math.sqrt(self._squares * self._compared) if self._squares else math.inf if self._sum else 0.0
         row.loss = self._losses / self._examples if self._examples else None
         if evaluate is not None:
             row.metrics = {k: float(v) for k, v in evaluate(model).items() if k not in ("correct", "labels", "logits")}
@@ -93,6 +94,8 @@ class Evaluation:
                 continue
             lines.append([name, form(r.max_error), form(r.mean_error), form(r.relative_error), f"{r.nonfinite} of {r.results}", f"{r.flips} of {r.items}" if r.items else "–",
                           form(r.loss, "{:.5g}"), *(form((r.metrics or {}).get(n), "{:.5g}") for n in extra)])
+        shown = [i for i in range(len(lines[0])) if i < 4 or any(line[i] != "–" for line in lines[1:])]
+        lines = [[line[i] for i in shown] for line in lines]
         notes = [f"{name}: {r.reason}" for name, r in self.rows.items() if r.reason is not None]
         near = sorted(((s.headroom, name) for name, s in self.layers.items() if s.headroom is not None))[:3]
         if near:

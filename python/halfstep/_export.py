@@ -209,6 +209,6 @@ def _run_onnx(path, report, args, kwargs, exact):
         session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found = session.run(None, {node.name: value.cpu().numpy() for node, value in zip(session.get_inputs(), values)})
     except Exception as error:  # the runtime's own kinds: operators that it lacks in this dtype
-        report.note = str(error).splitlines()[0]
+        report.note = str(error).splitlines()[0].replace(path, report.path)
         return
     report.max_error = _error([torch.from_numpy(value) for value in found], torch.utils._pytree.tree_map(lambda t: t.cpu() if isinstance(t, torch.Tensor) else t, exact))

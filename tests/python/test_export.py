@@ -1,5 +1,6 @@
 """hs.evaluate and hs.export: the table against an FP64 model made by hand, and files that other programs read and run."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -110,6 +111,9 @@ def test_without_classes_the_error_decides():
     found = hs.evaluate(net, None, [torch.ones(3, 4)], (torch.float16,))
     assert found.deploy and "root mean square (allowed: 0.01)" in found.verdict and found.rows["float16"].items == 0
     assert not hs.evaluate(net, None, [torch.ones(3, 4)], max_error=0.0).deploy
+    assert "other class" not in str(found) and "loss" not in str(found)
+    torch.nn.init.zeros_(net.weight), torch.nn.init.zeros_(net.bias)
+    assert hs.evaluate(net, None, [torch.ones(3, 4)]).rows["float16"].relative_error == 0.0
 
 
 class Block(nn.Module):
@@ -356,6 +360,36 @@ print("ran", len(task["paths"]))
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "task.pt"], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"ran {len(paths)}" in done.stdout and [p for p in os.listdir(tmp_path) if ".tmp." in p] == []
+
+
+@pytest.mark.slow
+def test_a_language_model_of_halfsteps_layers_runs_for_any_batch_and_length(tmp_path):
+    """The GPT of examples/python: rope, norms with a residual, gated and tied weights."""
+    spec = importlib.util.spec_from_file_location("train_gpt", docs.DOCS.parent / "examples/python/train_gpt.py")
+    gpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpt)
+
+    class LM(gpt.GPT):
+        def forward(self, tokens):
+            x = self.embedding(tokens)
+            residual = torch.zeros_like(x)
+            for block in self.blocks:
+                x, residual = block(x, residual)
+            return self.loss.logits(self.norm(x, residual)[0])
+
+    torch.manual_seed(0)
+    model, tokens, dim = LM(103, layers=2), torch.randint(0, 103, (3, 40)), torch.export.Dim
+    hs.cast_model(model)
+    opt = hs.optim.AdamW(model.named_parameters())
+    assert hs.evaluate(model, opt, [tokens]).deploy
+    with hs.evaluate_in(model, opt, torch.float64):
+        other = torch.randint(0, 103, (5, 17))
+        exact = model(other)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 0.01)):
+        hs.export(model, opt, tmp_path / "lm.pt2", dtype, example=(tokens,), dynamic_shapes=({0: dim("batch"), 1: dim("time", max=128)},))
+        with torch.no_grad():
+            found = torch.export.load(tmp_path / "lm.pt2").module()(other)
+        assert found.dtype == dtype and float((found - exact).abs().max()) < tolerance
 
 
 def _has(module):
