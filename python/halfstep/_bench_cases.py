@@ -1,6 +1,7 @@
 """What `halfstep bench` measures: layers and optimizer steps, in two sizes (docs/bench.md)."""
 
 import dataclasses
+import math
 import re
 from typing import Callable
 
@@ -29,7 +30,8 @@ STOCK_STEP = "torch: unscale, clip, AdamW (fused)"
 
 @dataclasses.dataclass
 class Case:
-    """`inputs`: shapes of what is differentiated, then integer ranges and shapes of what is not; `ours` and `stock` take them in that order."""
+    """`inputs`: shapes of what is differentiated, ("weight", shape) of the size that layers begin with, and what is not differentiated: ("labels", range, shape),
+    ("angles", shape). `ours` and `stock` take them in that order."""
 
     name: str
     inputs: list
@@ -41,6 +43,8 @@ class Case:
         for entry in self.inputs:
             if entry[0] == "labels":
                 yield torch.randint(entry[1], entry[2], generator=random).to(device)
+            elif entry[0] == "weight":  # larger ones would give subnormal probabilities and slopes, on which a CPU is slow
+                yield (torch.randn(entry[1], generator=random) * math.prod(entry[1][1:]) ** -0.5).to(device, dtype).requires_grad_()
             elif entry[0] == "angles":  # cosines and sines are FP32 tables
                 yield torch.randn(entry[1], generator=random).to(device)
             else:
@@ -62,15 +66,15 @@ def cases(size):
     """[Case] of a size; in the names, rows x columns."""
     n, b = SIZES[size]["rows"], SIZES[size]["batch"]
     return [
-        Case(f"linear + GELU, {n} x 1024 x 1024", [(n, 1024), (1024, 1024), (1024,)], lambda x, w, c: hf.linear(x, w, c, "gelu"), lambda x, w, c: F.gelu(F.linear(x, w, c))),
+        Case(f"linear + GELU, {n} x 1024 x 1024", [(n, 1024), ("weight", (1024, 1024)), (1024,)], lambda x, w, c: hf.linear(x, w, c, "gelu"), lambda x, w, c: F.gelu(F.linear(x, w, c))),
         Case(f"layer norm, {2 * n} x 1024", [(2 * n, 1024), (1024,), (1024,)], lambda x, w, c: hf.layer_norm(x, 1024, w, c), lambda x, w, c: F.layer_norm(x, (1024,), w, c)),
         Case(f"SwiGLU, {n} x 2048", [(n, 2048), (n, 2048)], hf.swiglu, lambda gate, up: F.silu(gate) * up),
         Case(f"causal softmax, {2 * b} x 256 x 256", [(2 * b, 256, 256)], lambda x: hf.softmax(x, causal=True), _causal),
         Case(f"rope, {b} x 8 x 256 x 64", [(b, 8, 256, 64), ("angles", (256, 32)), ("angles", (256, 32))], hf.rope, _rope),
         Case(f"cross entropy, {n // 2} x 8192", [(n // 2, 8192), ("labels", 8192, (n // 2,))], hf.cross_entropy, lambda x, y: F.cross_entropy(x.float(), y)),
-        Case(f"linear + cross entropy, {n // 2} x 256 x 8192", [(n // 2, 256), (8192, 256), ("labels", 8192, (n // 2,))], lambda x, w, y: hf.linear_cross_entropy(x, w, y),
+        Case(f"linear + cross entropy, {n // 2} x 256 x 8192", [(n // 2, 256), ("weight", (8192, 256)), ("labels", 8192, (n // 2,))], lambda x, w, y: hf.linear_cross_entropy(x, w, y),
              lambda x, w, y: F.cross_entropy(F.linear(x, w).float(), y)),
-        Case(f"convolution 3 x 3, {b} x 32 x 28 x 28", [(b, 32, 28, 28), (32, 32, 3, 3)], lambda x, w: hf.conv2d(x, w, padding=1), lambda x, w: F.conv2d(x, w, padding=1)),
+        Case(f"convolution 3 x 3, {b} x 32 x 28 x 28", [(b, 32, 28, 28), ("weight", (32, 32, 3, 3))], lambda x, w: hf.conv2d(x, w, padding=1), lambda x, w: F.conv2d(x, w, padding=1)),
     ]
 
 

@@ -429,6 +429,7 @@ def test_a_model_that_writes_into_its_arguments_is_refused_by_the_op(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_page_runs():
     """docs/export.md, block by block; where a block of text follows, it is what was printed."""
     outputs = [(expected, printed) for _, expected, printed, _ in docs.run("export.md")]
