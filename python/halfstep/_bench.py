@@ -275,6 +275,8 @@ def validate(data, where):
     for key, kind in (("environment", dict), ("config", dict), ("rows", list)):
         if not isinstance(data.get(key), kind):
             raise ValueError(f"{where}: {key!r} is {type(data.get(key)).__name__}; expected {'an object' if kind is dict else 'a list'}")
+    if not data["rows"]:
+        raise ValueError(f"{where}: 'rows' is empty")
     for i, row in enumerate(data["rows"]):
         for key, kind in _ROW.items():
             if not isinstance(row, dict) or not isinstance(row.get(key), kind) or isinstance(row.get(key), bool):

@@ -31,20 +31,18 @@ def islands_asked(model, keep_fp32=None):
     """The names of the modules that `keep_fp32` means: classes, names or globs; None: those that cast_model kept, all norms if it was never cast."""
     if keep_fp32 is None and _hooks(model, _Root):
         return islands_of(model)
-    return [name for name in _kept_modules(model, keep_fp32)]
+    return list(_kept_modules(model, keep_fp32))
 
 
 @torch.no_grad()
-def deployable(model, optimizers=None, dtype=torch.float32, keep_fp32=None, weights="master"):
+def deployable(caller, model, optimizers=None, dtype=torch.float32, keep_fp32=None, weights="master"):
     """A copy of `model` for inference in `dtype`, with its exact weights, that casts its floating inputs itself; `model` is left as it is.
 
     In 16 bits the modules of `keep_fp32` compute in FP32 (None: those that cast_model kept, all norms if it was never cast), and a weight that
     is of that dtype already is the very weight that was trained. Weights and floating buffers of the others are rounded. ValueError for a value
-    that does not fit, by name.
+    that does not fit, by name. caller: for the texts of errors.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}; expected {', '.join(map(str, DTYPES))}")
-    exact = _exact_weights("deployable", optimizers, weights)
+    exact = _exact_weights(caller, optimizers, weights)
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     trained = {}
@@ -81,5 +79,6 @@ def deployable(model, optimizers=None, dtype=torch.float32, keep_fp32=None, weig
 
 
 def _check(value, dtype, name):
-    if bool((value.abs() >= LIMIT[dtype]).any()) and bool(value.isfinite().all()):
-        raise ValueError(f"'{name}' does not fit {dtype}: its largest magnitude is {float(value.abs().max()):g}; keep it in FP32")
+    finite = value[value.isfinite()].abs()  # a mask may hold -inf
+    if bool((finite >= LIMIT[dtype]).any()):
+        raise ValueError(f"'{name}' does not fit {dtype}: its largest magnitude is {float(finite.max()):g}; keep it in FP32")

@@ -183,7 +183,7 @@ class _Evaluate:
         self.layers, self.weights, self.kept, self._worst = {}, {}, kept, ((0, -1.0), None)
 
     def _twin(self, dtype, keep_fp32):
-        return deployable(self._model, self._optimizers, dtype, keep_fp32, self._weights)
+        return deployable("evaluate", self._model, self._optimizers, dtype, keep_fp32, self._weights)
 
     @torch.no_grad()
     def _results(self, twin, batch, call=None):

@@ -61,13 +61,39 @@ def export(model, optimizers, path, dtype=torch.float32, *, format=None, example
     None: by the ending .safetensors, .pt, .onnx, .pt2. dtype: FP32, FP64, FP16 or BF16; in 16 bits the modules of `keep_fp32` stay FP32, as in
     hs.evaluate (None: those that cast_model kept; all norms if it was never cast). weights="ema": the optimizers' running means.
 
-    Programs are traced in evaluation mode with `example`, a tuple of inputs (dicts of keyword arguments: a tuple and a dict), and cast floating
+    Programs are traced in evaluation mode with `example`, a tuple of inputs, or a tuple of such a tuple and a dict of keyword arguments, and cast floating
     inputs themselves; layers of hs.nn are there as torch's own ops, so that nothing but torch or an ONNX runtime is needed to run them.
     dynamic_shapes: as in torch.export.export. A model of more than 1 GB has a second ONNX file, `path`.data.
 
     ValueError for a dtype, format or ending that is not known, a program without example, a value that 16 bits cannot hold, by name. Packages:
     safetensors, onnx and onnxscript, where their format is asked for.
     """
+    path, format = _checked(path, dtype, format, example, dynamic_shapes, keep_fp32)
+    twin = deployable("export", model, optimizers, dtype, keep_fp32, weights)
+    state = {key: value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else value for key, value in twin.state_dict().items()}
+    report = ExportReport(path, format, dtype, 0, {key: (value.dtype, tuple(value.shape)) for key, value in state.items() if isinstance(value, torch.Tensor)})
+    if dtype in SIXTEEN:
+        report.islands = {name: [n for n, _ in twin.get_submodule(name).named_parameters()] for name in islands_of(twin)}
+    if format not in GRAPHS:
+        files = (_write_safetensors if format == "safetensors" else _write_torch)(state, report)
+    else:
+        both = isinstance(example, tuple) and len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], dict)
+        args, kwargs = example if both else ((example,) if isinstance(example, torch.Tensor) else tuple(example), {})
+        program = _program(twin, args, kwargs, dynamic_shapes)
+        report.tensors = {key: (value.dtype, tuple(value.shape)) for key, value in program.state_dict.items()}
+        if dtype in SIXTEEN:
+            report.islands = _wide_ops(program, report.islands)
+        try:
+            exact = deployable("export", model, optimizers, torch.float64, None, weights)(*args, **kwargs)
+        except RuntimeError as error:  # an op that lacks FP64
+            exact, report.note = None, f"nothing to compare with, since the model does not run in float64: {str(error).strip().splitlines()[0]}"
+        files = (_write_onnx if format == "onnx" else _write_program)(program, report, args, kwargs, exact)
+    report.bytes = sum(map(os.path.getsize, files))
+    return report
+
+
+def _checked(path, dtype, format, example, dynamic_shapes, keep_fp32):
+    """(path, format), or an error before anything is done."""
     path = os.fspath(path)
     format = _format(path, format)
     if dtype not in DTYPES:
@@ -83,23 +109,7 @@ def export(model, optimizers, path, dtype=torch.float32, *, format=None, example
         raise FileNotFoundError(f"export: path is {path!r}, but there is no folder {folder!r}")
     for package in {"safetensors": ["safetensors.torch"], "onnx": ["onnx", "onnxscript"]}.get(format, []):
         _extras.need(package)
-    twin = deployable(model, optimizers, dtype, keep_fp32, weights)
-    state = {key: value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else value for key, value in twin.state_dict().items()}
-    report = ExportReport(path, format, dtype, 0, {key: (value.dtype, tuple(value.shape)) for key, value in state.items() if isinstance(value, torch.Tensor)})
-    if dtype in SIXTEEN:
-        report.islands = {name: [n for n, _ in twin.get_submodule(name).named_parameters()] for name in islands_of(twin)}
-    if format in GRAPHS:
-        args, kwargs = example if len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], dict) else (tuple(example), {})
-        program = _program(twin, args, kwargs, dynamic_shapes)
-        report.tensors = {key: (value.dtype, tuple(value.shape)) for key, value in program.state_dict.items()}
-        if dtype in SIXTEEN:
-            report.islands = _wide_ops(program, report.islands)
-        exact = deployable(model, optimizers, torch.float64, None, weights)(*args, **kwargs)
-        files = (_write_onnx if format == "onnx" else _write_program)(program, report, args, kwargs, exact)
-    else:
-        files = (_write_safetensors if format == "safetensors" else _write_torch)(state, report)
-    report.bytes = sum(map(os.path.getsize, files))
-    return report
+    return path, format
 
 
 # -- weights ---------------------------------------------------------------------------------------
@@ -163,7 +173,8 @@ def _error(found, exact):
 
 
 def _write_program(program, report, args, kwargs, exact):
-    report.max_error = _error(program.module()(*args, **kwargs), exact)
+    if exact is not None:
+        report.max_error = _error(program.module()(*args, **kwargs), exact)
     with staged(report.path) as name:
         torch.export.save(program, name)
     return [report.path]
@@ -179,7 +190,8 @@ def _write_onnx(program, report, args, kwargs, exact):
     with staged(report.path) as name:
         with _quiet():
             made.save(name, external_data=beside)
-        _run_onnx(name, report, args, kwargs, exact)
+        if exact is not None:
+            _run_onnx(name, report, args, kwargs, exact)
     return [report.path, report.path + ".data"][: 1 + beside]
 
 

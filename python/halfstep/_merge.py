@@ -70,7 +70,7 @@ def _rows(path, report):
 
 def as_text(rows):
     """The rows as a text table."""
-    if "section" in rows[0]:
+    if rows and "section" in rows[0]:
         return _bench.as_text(rows)
     columns = {"machine": "{}", "device": "{}", "arm": "{}", "metric": "{:.2f}", "difference": "{:+.2f}", "step_ms": "{:.2f}", "time_ratio": "{:.2f}", "peak_mib": "{:.0f}",
                "memory_ratio": "{:.2f}", "joules_per_step": "{:.3g}", "energy_ratio": "{:.2f}"}

@@ -194,10 +194,12 @@ def test_merge_refuses_unequal_configurations_and_other_files(found, tmp_path):
     found[1].save(b)
     c.write_text(json.dumps({"format": "halfstep-report", "version": 1, "arms": []}))
     broken.write_text(json.dumps({**found[0].data, "rows": [{"section": "step", "case": "c", "arm": 3}]}))
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps({**found[0].data, "rows": []}))
     later = tmp_path / "later.json"
     later.write_text(json.dumps({**found[0].data, "version": 2}))
     for files, message in [([a, b], f'size differs: "small" in {a}, null in {b}'), ([a, c], f"{a} is a table of bench and {c} is none"), ([broken], f"{broken}: rows[0]: 'arm' is int; expected text"),
-                           ([later], f"{later} is a halfstep bench table of version 2; this halfstep reads version 1")]:
+                           ([empty], f"{empty}: 'rows' is empty"), ([later], f"{later} is a halfstep bench table of version 2; this halfstep reads version 1")]:
         with pytest.raises(ValueError) as error:
             _merge.merge(files)
         assert message in str(error.value)

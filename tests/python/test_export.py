@@ -23,7 +23,7 @@ class Net(nn.Module):
         super().__init__()
         self.fc = hs.nn.Linear(16, 32, activation="gelu")
         self.norm = hs.nn.LayerNorm(32)
-        self.gate = hs.nn.SwiGLU()
+        self.gate = hs.nn.SwiGLU(count_overflow=True)  # a count of the training, which no file has
         self.batch = nn.BatchNorm1d(16)
         self.softmax = hs.nn.Softmax(-1, causal=True)
         self.head = nn.Linear(16, 5)
@@ -187,7 +187,7 @@ def test_where_nothing_helps_it_says_so():
 @pytest.mark.parametrize("call, kind, message", [
     (lambda net: hs.evaluate(net, None, [X], (torch.int8,)), ValueError, "dtypes holds torch.int8"), (lambda net: hs.evaluate(net, None, []), ValueError, "batches is empty"),
     (lambda net: hs.evaluate(net, None, [X], max_flips=2), ValueError, "max_flips is 2"), (lambda net: hs.evaluate(net, None, [X], predict=lambda m, b: None), TypeError, "gives NoneType"),
-    (lambda net: hs.evaluate(net, torch.optim.SGD(net.parameters()), [X]), TypeError, "SGD is not a halfstep optimizer"),
+    (lambda net: hs.evaluate(net, None, [X], weights="best"), ValueError, "evaluate: weights is 'best'"), (lambda net: hs.evaluate(net, torch.optim.SGD(net.parameters()), [X]), TypeError, "SGD is not a halfstep optimizer"),
     (lambda net: hs.evaluate(net, None, X), TypeError, r"batches is one Tensor; .* x.split\(128\)"), (lambda net: hs.evaluate(net, None, [X], class_dim=4), ValueError, r"class_dim is 4, but the results are \[40, 5\]"),
     (lambda net: hs.evaluate(net, None, [X[:, :3]]), RuntimeError, "does not run in float64, with which the others are compared: "),
     (lambda net: hs.evaluate(net, None, [X], keep_fp32=["nope"]), ValueError, "keep_fp32 has 'nope'")])
@@ -306,7 +306,7 @@ def test_a_value_that_does_not_fit_is_refused_by_name_and_the_old_file_stays(tmp
     with pytest.raises(ValueError, match="'weight' does not fit torch.float16"):
         hs.export(net, None, path, torch.float16)
     net = nn.Sequential(nn.Linear(2, 2))
-    net[0].register_buffer("table", torch.tensor([1e6]))
+    net[0].register_buffer("table", torch.tensor([1e6, -torch.inf]))
     with pytest.raises(ValueError, match="'0.table' does not fit torch.float16"):
         hs.export(net, None, path, torch.float16)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -415,6 +415,19 @@ def test_what_the_runtime_cannot_run_is_written_and_said(net_and_opt, tmp_path):
     net, opt = nn.Sequential(nn.Conv1d(2, 2, 1)), None
     report = hs.export(net, opt, tmp_path / "a.onnx", torch.float64, example=(torch.ones(1, 2, 3),))
     assert (report.max_error is None) == (report.note is not None) and (tmp_path / "a.onnx").exists()
+
+
+def test_a_program_is_traced_with_keyword_arguments_and_one_without_fp64_is_written_all_the_same(tmp_path):
+    class Two(nn.Module):
+        def forward(self, x, *, shift=None):
+            if x.dtype == torch.float64:
+                raise RuntimeError("not implemented for 'Double'")
+            return x if shift is None else x + shift
+
+    report = hs.export(Two(), None, tmp_path / "a.pt2", example=((torch.ones(2),), {"shift": torch.ones(2)}))
+    assert torch.export.load(tmp_path / "a.pt2").module()(torch.ones(2), shift=torch.ones(2)).tolist() == [2.0, 2.0]
+    assert report.max_error is None and report.note == "nothing to compare with, since the model does not run in float64: not implemented for 'Double'" and report.note in str(report)
+    hs.export(nn.Linear(2, 1), None, tmp_path / "b.pt2", example=torch.ones(3, 2))  # one tensor is one input
 
 
 def test_a_model_that_writes_into_its_arguments_is_refused_by_the_op(tmp_path):
