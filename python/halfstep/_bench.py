@@ -237,7 +237,7 @@ def bench(device="auto", widths=None, size=None, rounds=7):
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds is {rounds!r}; expected a whole number from 1")
     if widths is not None:
-        widths = list(widths)
+        widths = [widths] if isinstance(widths, int) else list(widths)
         if not widths or any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in widths):
             raise ValueError(f"widths is {widths}; expected whole numbers from 1")
         widths = sorted(set(widths))

@@ -132,6 +132,7 @@ def evaluate(model, optimizers, batches, dtypes=(torch.float16, torch.float32, t
     compute in FP32 are looked for: the first whose output is inf, NaN or off by 5 % in FP16, again until none is, and those whose weights do not
     fit. FP16 with them is a row of its own.
     """
+    dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"evaluate: dtypes holds {dtype}; expected some of {', '.join(map(str, DTYPES))}")

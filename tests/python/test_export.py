@@ -108,7 +108,7 @@ def test_classes_that_change_are_counted_with_their_distance_in_fp64():
 
 def test_without_classes_the_error_decides():
     net = nn.Linear(4, 1)
-    found = hs.evaluate(net, None, [torch.ones(3, 4)], (torch.float16,))
+    found = hs.evaluate(net, None, [torch.ones(3, 4)], torch.float16)
     assert found.deploy and "root mean square (allowed: 0.01)" in found.verdict and found.rows["float16"].items == 0
     assert not hs.evaluate(net, None, [torch.ones(3, 4)], max_error=0.0).deploy
     assert "other class" not in str(found) and "loss" not in str(found)
