@@ -339,7 +339,8 @@ def test_a_program_runs_where_halfstep_is_not(net_and_opt, tmp_path):
             if dtype == torch.float16:  # what is FP32 in it, op by op: the islands, and what halfstep's layers compute in FP32 inside
                 assert set(report.islands) >= {"norm", "batch"} and any("layer_norm" in op for op in report.islands["norm"])
                 assert set(report.islands) <= {"", "norm", "batch", "fc", "gate", "softmax"} and not any("linear" in op for ops in report.islands.values() for op in ops)
-    torch.save({"x": X, "exact": exact.detach(), "paths": paths}, tmp_path / "task.pt")
+    names = [name for name, _ in net.named_parameters()]
+    torch.save({"x": X, "exact": exact.detach(), "paths": paths, "names": names}, tmp_path / "task.pt")
     code = """
 import sys, torch
 assert not any(m.startswith("halfstep") for m in sys.modules)
@@ -349,7 +350,9 @@ for path, tolerance in task["paths"].items():
         y = torch.export.load(path).module()(task["x"])
     else:
         import onnx, onnxruntime
-        assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}
+        made = onnx.load(path)
+        onnx.checker.check_model(made, full_check=True)
+        assert {node.domain for node in made.graph.node} <= {"", "ai.onnx"} and set(task["names"]) <= {i.name for i in made.graph.initializer}
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         y = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: task["x"].numpy()})[0])
     error = (y.double() - task["exact"]).abs().max().item()
