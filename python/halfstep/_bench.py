@@ -49,7 +49,7 @@ def _overrides(on):
 def interleaved(arms, rounds, now):
     """[{arm: seconds}] of the rounds, in each of which every arm runs once, the order rotating; {arm: why} for those that cannot run.
 
-    arms: {name: function}, or {name: (function, whether halfstep's CPU kernels are on)}. The first run of each does not count.
+    arms: {name: function}, or {name: (function, whether halfstep's CPU kernels are on)}. The first run of each does not count: it allocates and loads libraries.
     """
     reasons, slow, found = {}, set(), []
     for number in range(-1, rounds):
@@ -64,8 +64,8 @@ def interleaved(arms, rounds, now):
                     times[name] = now() - start
             except RuntimeError as error:  # torch lacks some dtypes for some layers
                 reasons[name] = str(error).strip().splitlines()[0]
-        slow |= {name for name, seconds in times.items() if seconds > SLOW}
         if number >= 0:
+            slow |= {name for name, seconds in times.items() if seconds > SLOW}
             found.append(times)
     return found, reasons
 

@@ -45,12 +45,17 @@ class Clock:
 # -- rounds ----------------------------------------------------------------------------------------
 def test_every_arm_runs_in_every_round_and_ratios_are_of_one_round():
     clock = Clock()
-    times, reasons = _bench.interleaved({"a": clock.takes(9.0, 0.1, 0.2, 0.3), "b": clock.takes(9.0, 0.05, 0.05, 0.3)}, 3, clock)  # the first calls do not count, but say that both are slow
-    assert not reasons and [list(sorted(t)) for t in times] == [["a", "b"], ["a", "b"], []]
-    assert [round(t["a"], 9) for t in times[:2]] == [0.1, 0.2]
+    times, reasons = _bench.interleaved({"a": clock.takes(9.0, 0.1, 0.2, 0.3), "b": clock.takes(9.0, 0.05, 0.05, 0.3)}, 3, clock)  # the first calls do not count
+    assert not reasons and [sorted(t) for t in times] == [["a", "b"]] * 3 and [round(t["a"], 9) for t in times] == [0.1, 0.2, 0.3]
     row = _bench._row("layers", "c", "b", times, "a", reasons)
-    assert row["speed"] == pytest.approx((0.1 / 0.05 + 0.2 / 0.05) / 2) and row["ms"] == pytest.approx(50.0) and row["spread"] is None
+    assert row["speed"] == pytest.approx(2.0) and row["ms"] == pytest.approx(50.0) and row["spread"] is None  # of 2, 4 and 1; of 50, 50 and 300
     assert _bench._row("layers", "c", "a", times, "a", reasons)["speed"] == 1.0
+
+
+def test_an_arm_that_is_slow_runs_twice_only():
+    clock = Clock()
+    times, _ = _bench.interleaved({"a": clock.takes(0.1), "b": clock.takes(9.0, 0.41, 0.3), "c": clock.takes(9.0, 0.1, 0.1, 0.5)}, 4, clock)
+    assert [sorted(t) for t in times] == [["a", "b", "c"], ["a", "b", "c"], ["a", "c"], ["a"]]
 
 
 def test_the_order_rotates_and_an_arm_that_torch_refuses_is_named_and_left_out():
