@@ -6,8 +6,11 @@ cli.explain_if_broken()
 
 from ._library import _C, PACKAGE, cuda_status
 from . import functional, lr_scheduler, nn, optim, policies
+from ._bench import Bench, bench
 from ._compare import Comparison, compare
 from ._job import Arm, Job
+from ._evaluate import Evaluation, evaluate
+from ._export import ExportReport, export
 from ._nonfinite import NonFinite, find_nonfinite
 from ._stats import ScalerStats, TensorStats
 from .ada_loss import ada_loss_
@@ -34,6 +37,6 @@ def doctor():
     return doctor()
 
 
-__all__ = ["Arm", "CastReport", "Comparison", "GradScaler", "Job", "NonFinite", "ScalerStats", "SimResult", "SwapReport", "TensorStats", "ada_loss_", "autocast", "cast_model", "cmake_prefix_path", "compare",
-           "cuda_status", "doctor", "evaluate_in", "export_state_dict", "find_nonfinite", "functional", "include_path", "load", "load_state_dict", "lr_scheduler", "nn", "optim", "policies",
+__all__ = ["Arm", "Bench", "CastReport", "Comparison", "Evaluation", "ExportReport", "GradScaler", "Job", "NonFinite", "ScalerStats", "SimResult", "SwapReport", "TensorStats", "ada_loss_", "autocast", "bench", "cast_model", "cmake_prefix_path", "compare",
+           "cuda_status", "doctor", "evaluate", "evaluate_in", "export", "export_state_dict", "find_nonfinite", "functional", "include_path", "load", "load_state_dict", "lr_scheduler", "nn", "optim", "policies",
            "record", "save", "set_overrides", "simulate", "swap_layers_"]

@@ -1,4 +1,4 @@
-"""`halfstep compare`, `halfstep init`, `halfstep merge`, `halfstep explain` and `halfstep size`."""
+"""`halfstep compare`, `init`, `bench`, `merge`, `explain` and `size`."""
 
 import json
 import sys
@@ -20,7 +20,14 @@ def add(commands):
     new = commands.add_parser("init", help="writes a commented script for compare, which runs as it is")
     new.add_argument("file", nargs="?", default="train.py")
     new.set_defaults(run=_init)
-    several = commands.add_parser("merge", help="reports of several machines as one table")
+    machine = commands.add_parser("bench", help="this machine's table: optimizer step, layers and products in FP16 beside FP32, or the width from which mixed precision is quicker")
+    machine.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    machine.add_argument("--widths", metavar="WIDTH,…", help="instead, a training step of a net of each of these widths in FP32, mixed precision and autocast: 64,128,256,512,1024")
+    machine.add_argument("--size", choices=["small", "large"], help="of layers and step (default small on a CPU, large on a GPU); tables of one size can be merged")
+    machine.add_argument("--rounds", type=int, default=7, help="how often each arm runs (default 7)")
+    machine.add_argument("--json", metavar="FILE", help="the table for `halfstep merge`")
+    machine.set_defaults(run=_bench)
+    several = commands.add_parser("merge", help="reports of compare, or tables of bench, of several machines as one table")
     several.add_argument("reports", nargs="+", metavar="REPORT")
     several.add_argument("--json", metavar="FILE", help="the rows of the table")
     several.set_defaults(run=_merge)
@@ -66,6 +73,26 @@ def _init(options):
     return 0
 
 
+def _bench(options):
+    from ._bench import bench
+
+    try:
+        widths = None if options.widths is None else [int(w) for w in options.widths.split(",")]
+    except ValueError:
+        raise ValueError(f"--widths is {options.widths!r}; expected whole numbers such as 64,128,256") from None
+    if widths is not None and options.size is not None:
+        raise ValueError(f"--size is {options.size!r}, but with --widths there are nets of these widths only")
+    folder = Path(options.json or ".").parent
+    if not folder.is_dir():
+        raise ValueError(f"--json is {options.json!r}, but there is no folder {str(folder)!r}")  # before a minute of measuring
+    found = bench(options.device, widths, options.size, options.rounds)
+    print(found)
+    if options.json:
+        found.save(options.json)
+        print(f"wrote {options.json}")
+    return 0
+
+
 def _merge(options):
     from ._merge import as_text, merge
 
@@ -103,7 +130,7 @@ def guarded(options):
     try:
         return options.run(options)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"{name}: interrupted" + ("; the same command goes on from here" if options.command == "compare" else ""), file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, ImportError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)

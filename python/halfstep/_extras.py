@@ -2,8 +2,10 @@
 
 import importlib
 
-PACKAGE = {"scipy.stats": "scipy", "matplotlib.pyplot": "matplotlib", "pynvml": "nvidia-ml-py", "sklearn.datasets": "scikit-learn"}
-EXTRA = {"scipy": "report", "matplotlib": "report", "numpy": "report", "nvidia-ml-py": "energy"}
+PACKAGE = {"scipy.stats": "scipy", "matplotlib.pyplot": "matplotlib", "pynvml": "nvidia-ml-py", "sklearn.datasets": "scikit-learn",
+           "safetensors.torch": "safetensors"}
+EXTRA = {"scipy": "report", "matplotlib": "report", "numpy": "report", "nvidia-ml-py": "energy",
+         "safetensors": "export", "onnx": "export", "onnxscript": "export"}
 
 
 class MissingPackage(ImportError):

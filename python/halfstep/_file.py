@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import os
+import shutil
+import tempfile
 
 _count = itertools.count()
 
@@ -23,8 +25,33 @@ def replacing(path, text=False):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    entry = os.open(os.path.dirname(target), os.O_RDONLY)
+    _sync(os.path.dirname(target))
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(entry)
+        os.fsync(descriptor)
     finally:
-        os.close(entry)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def staged(path):
+    """The path of a file that is not there yet, in a folder beside `path`, for writers that want a name. When the block ends it takes `path`'s
+    place, after the other files that were written beside it took theirs. An error in the block leaves everything as it was."""
+    target = os.path.realpath(os.fspath(path))
+    folder, name = os.path.split(target)
+    stage = tempfile.mkdtemp(prefix=f"{name}.tmp.", dir=folder)
+    try:
+        with open(os.path.join(stage, name), "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777  # as any new file here; some writers make theirs private
+        os.unlink(file.name)
+        yield file.name
+        for part in sorted(os.listdir(stage), key=lambda part: part == name):
+            os.chmod(os.path.join(stage, part), mode)
+            _sync(os.path.join(stage, part))
+            os.replace(os.path.join(stage, part), os.path.join(folder, part))
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    _sync(folder)

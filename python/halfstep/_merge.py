@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from . import _report, _schema
+from . import _bench, _report, _schema
 from ._table import table
 
 MUST_AGREE = ("make", "source", "every")
@@ -21,11 +21,20 @@ def _configuration(report):
 
 
 def merge(paths):
-    """The rows [{machine, device, arm, metric, difference, step_ms, time_ratio, peak_mib, memory_ratio, joules_per_step, energy_ratio}] of the reports.
+    """The rows of the files, reports of compare or tables of bench (_bench.merge).
+
+    Of reports: [{machine, device, arm, metric, difference, step_ms, time_ratio, peak_mib, memory_ratio, joules_per_step, energy_ratio}].
 
     ValueError where two of them did not run the same script, arms, seeds, steps and metric; it names what differs and both values.
     """
-    reports = [(str(path), _schema.read(path)) for path in paths]
+    files = [(str(path), _schema.load(path)) for path in paths]
+    benches = [path for path, data in files if isinstance(data, dict) and data.get("format") == _bench.FORMAT]
+    if benches and len(benches) < len(files):
+        other = next(path for path, _ in files if path not in benches)
+        raise ValueError(f"{benches[0]} is a table of bench and {other} is none; expected files of one kind")
+    if benches:
+        return _bench.merge([(path, _bench.validate(data, path)) for path, data in files])
+    reports = [(path, _schema.validate(data, path)) for path, data in files]
     first = _configuration(reports[0][1])
     for path, report in reports[1:]:
         for name, value in _configuration(report).items():
@@ -61,6 +70,8 @@ def _rows(path, report):
 
 def as_text(rows):
     """The rows as a text table."""
+    if rows and "section" in rows[0]:
+        return _bench.as_text(rows)
     columns = {"machine": "{}", "device": "{}", "arm": "{}", "metric": "{:.2f}", "difference": "{:+.2f}", "step_ms": "{:.2f}", "time_ratio": "{:.2f}", "peak_mib": "{:.0f}",
                "memory_ratio": "{:.2f}", "joules_per_step": "{:.3g}", "energy_ratio": "{:.2f}"}
     cells = [[name.replace("_", " ") for name in columns]] + [["–" if row[name] is None else form.format(row[name]) for name, form in columns.items()] for row in rows]

@@ -110,12 +110,16 @@ def validate(data, where="report"):
     return data
 
 
-def read(path):
-    """The report in a file; OSError or ValueError, each with the path, where there is none."""
+def load(path):
+    """What the JSON in a file says; OSError or ValueError, each with the path, where there is none."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise OSError(f"{path}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    return validate(data, str(path))
+
+
+def read(path):
+    """The report in a file; OSError or ValueError, each with the path, where there is none."""
+    return validate(load(path), str(path))
