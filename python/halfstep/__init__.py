@@ -7,6 +7,7 @@ cli.explain_if_broken()
 from ._library import _C, PACKAGE, cuda_status
 from . import functional, lr_scheduler, nn, optim, policies
 from ._compare import Comparison, compare
+from ._dynamic import DynamicPrecision, PrecisionDecision
 from ._guard import AccuracyGuard, GuardDecision
 from ._job import Arm, Job
 from ._nonfinite import NonFinite, find_nonfinite
@@ -35,6 +36,6 @@ def doctor():
     return doctor()
 
 
-__all__ = ["AccuracyGuard", "Arm", "CastReport", "Comparison", "GradScaler", "GuardDecision", "Job", "NonFinite", "ScalerStats", "SimResult", "SwapReport", "TensorStats", "ada_loss_", "autocast", "cast_model", "cmake_prefix_path", "compare",
+__all__ = ["AccuracyGuard", "Arm", "CastReport", "Comparison", "DynamicPrecision", "GradScaler", "GuardDecision", "Job", "NonFinite", "PrecisionDecision", "ScalerStats", "SimResult", "SwapReport", "TensorStats", "ada_loss_", "autocast", "cast_model", "cmake_prefix_path", "compare",
            "cuda_status", "doctor", "evaluate_in", "export_state_dict", "find_nonfinite", "functional", "include_path", "load", "load_state_dict", "lr_scheduler", "nn", "optim", "policies",
            "record", "save", "set_overrides", "simulate", "swap_layers_"]
