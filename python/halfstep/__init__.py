@@ -9,6 +9,7 @@ from . import functional, lr_scheduler, nn, optim, policies
 from ._compare import Comparison, compare
 from ._dynamic import DynamicPrecision, PrecisionDecision
 from ._guard import AccuracyGuard, GuardDecision
+from ._islands import islands_
 from ._job import Arm, Job
 from ._nonfinite import NonFinite, find_nonfinite
 from ._stats import ScalerStats, TensorStats
@@ -17,6 +18,7 @@ from .amp import GradScaler, autocast
 from ._swap import SwapReport, swap_layers_
 from .cast import CastReport, cast_model, evaluate_in, export_state_dict, load_state_dict
 from .checkpoint import load, save
+from ._tune import Tuning, tune
 from .trace import SimResult, record, simulate
 
 __version__ = _C.build_info()["version"]
@@ -36,6 +38,6 @@ def doctor():
     return doctor()
 
 
-__all__ = ["AccuracyGuard", "Arm", "CastReport", "Comparison", "DynamicPrecision", "GradScaler", "GuardDecision", "Job", "NonFinite", "PrecisionDecision", "ScalerStats", "SimResult", "SwapReport", "TensorStats", "ada_loss_", "autocast", "cast_model", "cmake_prefix_path", "compare",
-           "cuda_status", "doctor", "evaluate_in", "export_state_dict", "find_nonfinite", "functional", "include_path", "load", "load_state_dict", "lr_scheduler", "nn", "optim", "policies",
-           "record", "save", "set_overrides", "simulate", "swap_layers_"]
+__all__ = ["AccuracyGuard", "Arm", "CastReport", "Comparison", "DynamicPrecision", "GradScaler", "GuardDecision", "Job", "NonFinite", "PrecisionDecision", "ScalerStats", "SimResult", "SwapReport", "TensorStats", "Tuning", "ada_loss_", "autocast", "cast_model", "cmake_prefix_path", "compare",
+           "cuda_status", "doctor", "evaluate_in", "export_state_dict", "find_nonfinite", "functional", "include_path", "islands_", "load", "load_state_dict", "lr_scheduler", "nn", "optim", "policies",
+           "record", "save", "set_overrides", "simulate", "swap_layers_", "tune"]

@@ -44,6 +44,20 @@ def read(path, format, fields, argument):
     return data
 
 
+POLICY = "halfstep-policy"
+
+
+def read_policy(path, known=None):
+    """{option: value} of the arm that `halfstep tune` wrote into a file."""
+    options = read(path, POLICY, {"arm": dict}, "policy")["arm"].get("options")
+    if not isinstance(options, dict) or "islands" not in options:
+        raise ValueError(f"policy: {os.fspath(path)}: 'arm' has no options with islands")
+    for key, value in options.items():
+        if known is not None and key not in known or value is not None and not isinstance(value, str):
+            raise ValueError(f"policy: {os.fspath(path)}: {key}={value!r} is no option of an arm")
+    return options
+
+
 def check_path(path, argument):
     """Refuses a log that could not be written, before hours of training."""
     if path is None:

@@ -2,9 +2,11 @@
 
 import contextlib
 import fnmatch
+import os
 
 import torch
 
+from . import _decisions
 from ._room import SIXTEEN
 from .cast import _cast_floats, _hooks, _Leave
 from .optim import Masters, Optimizer
@@ -162,3 +164,19 @@ def _set_grad_dtype(param, dtype):
 def islands_in(model):
     """The Island objects of a model, for evaluate_in."""
     return [module.__dict__["forward"] for module in model.modules() if isinstance(module.__dict__.get("forward"), Island)]
+
+
+def islands_(model, names, optimizers=()):
+    """Puts layers of a 16-bit model in FP32, in place, and returns their names. docs/precision.md says what an island is.
+
+    model: trained under hs.autocast, or cast by hs.cast_model before. names: names, globs or classes of modules, or the path of a policy that
+    `halfstep tune` wrote. optimizers: those that were made already. A rule that fits no module is a ValueError, and nothing is changed.
+    """
+    if isinstance(names, (os.PathLike, str)) and os.fspath(names).endswith(".json"):
+        names = (_decisions.read_policy(names)["islands"] or "").split("|")
+        names = [name for name in names if name]
+    found = list(layers(bare(model), names, "islands_: names")) if names else []
+    islands = Islands(model, optimizers if isinstance(optimizers, (list, tuple)) else [optimizers])
+    for name in found:
+        islands.put(name)
+    return found
