@@ -217,6 +217,8 @@ class DynamicPrecision:
     # -- (a): the numbers that the scaler has anyway ---------------------------------------------------
     def _watch(self):
         stats, before = self._scaler.stats(), self._scale
+        if stats.step < self._updates:  # an earlier state was loaded, by a rewind or by hand
+            self._base = stats.step - self._step
         new, self._updates, self._scale = stats.step > self._updates, stats.step, stats.scale
         if not new or not stats.last_found_inf:
             self._in_vain = self._in_vain and not new

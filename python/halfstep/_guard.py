@@ -173,7 +173,10 @@ class AccuracyGuard:
 
     def _lead(self, a, b):
         """How much better a is than b, in the margin's unit; and that unit."""
-        factor, unit = unit_of(self._name, [a, b], self._points)
+        try:
+            factor, unit = unit_of(self._name, [a, b], self._points)
+        except ValueError:
+            raise ValueError(f"AccuracyGuard: margin is in percentage points, but {self._name} is {a:g} and {b:g}, which is no share; give margin in its own unit") from None
         return (a - b if self._better == "higher" else b - a) * factor, " points" if unit else ""
 
     def _judge(self, trained, exact):

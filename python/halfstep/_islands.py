@@ -5,6 +5,8 @@ import fnmatch
 import os
 
 import torch
+import torch._functorch.config
+from torch._compile import _disable_dynamo
 
 from . import _decisions
 from ._room import SIXTEEN
@@ -36,11 +38,22 @@ class Island:
         self.own = module.__dict__.get("forward")  # a forward that someone put on this very module
         self.inner = module.forward
         self.grad_dtypes = []
+        # torch.compile runs backwards in the autocast around the whole forward, and gives a 16-bit input a 16-bit gradient: an island's
+        # would be in 16 bits. It is left out of the graph, unless its weights are FP32 and the first was switched off.
+        self.traced = dtype is None and getattr(torch._functorch.config, "backward_pass_autocast", None) == "off"
 
     def __call__(self, *args, **kwargs):
         active = torch.is_autocast_enabled(self.device)
         if self.evaluating or not active and self.dtype is None:  # hs.evaluate_in, or an FP32 model without autocast
             return self.inner(*args, **kwargs)
+        compute = self._outside_the_graph if torch.compiler.is_compiling() and not self.traced else self._compute
+        return compute(active, args, kwargs)
+
+    @_disable_dynamo
+    def _outside_the_graph(self, active, args, kwargs):
+        return self._compute(active, args, kwargs)
+
+    def _compute(self, active, args, kwargs):
         with torch.autocast(self.device, enabled=False), _widened(self.module) if self.dtype is not None else contextlib.nullcontext():
             output = self.inner(*_narrow_to_wide(args), **_narrow_to_wide(kwargs))
         return output if active else _cast_floats(output, self.dtype)

@@ -64,7 +64,7 @@ class Tuning:
         against, count = f"as good as {d['against']} within {d['margin']:g}{d['unit']}", len(d["layers"])
         if self.islands is None:
             more = next((f"; run {t['more']} more seeds" for t in reversed(d["trials"]) if t["islands"] and t["more"] and self.verdict == _statistics.UNDECIDED), "")
-            return f"no set of the {count} layers makes {d['base']} {against}: with all of them in FP32 it is {self.verdict}{more or '; --layers may name containers whose own ops overflow'}"
+            return f"no set of the {count} layers makes {d['base']} {against}: with all of them in FP32 the verdict is {self.verdict}{more or '; --layers may name containers whose own ops overflow'}"
         return f"{d['base']} is {against} with " + ("no layer in FP32" if not self.islands else f"{len(self.islands)} of {count} layers in FP32: {', '.join(self.islands)}")
 
 
@@ -200,7 +200,10 @@ def tune(make, margin="0.5pp", seeds=8, *, arm="mixed", against="fp32", layers=N
         raise ValueError(f"arm: {base.name!r} has islands already ({base.islands}); tune finds them")
     if base.name == first.name:
         raise ValueError(f"arm and against are both {base.name!r}")
-    _report.parse_delta(margin)
+    try:
+        _report.parse_delta(margin)
+    except ValueError:
+        raise ValueError(f"margin is {margin!r}; expected a number above 0, or percentage points such as 0.5pp") from None
     _decisions.whole("every", every, "tune")
     for module in ("scipy.stats", "numpy"):
         need(module)

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+import torch._functorch.config
 from torch import nn
 
 import halfstep as hs
 from halfstep import _dynamic
 from halfstep._islands import Islands, layers
+from halfstep._runstate import RunState
 
 BOTH = pytest.mark.parametrize("cast", [True, False], ids=["cast", "autocast"])
 
@@ -270,14 +272,66 @@ def test_an_island_of_others_is_seen_and_stays():
     assert run.precision.layers["4"].precision == "float32" and run.precision.islands == ["4"] and run.moves() == []
 
 
+def test_it_sees_what_comes_after_a_rewind():
+    run = Run(loud, True)
+    run.model[2].gain.fill_(1.0)
+    run.steps(3)
+    kept = RunState(run.model, [run.optimizer], run.scaler, [])
+    run.steps(20)
+    kept.restore()
+    run.model[2].gain.fill_(2.0**18)
+    run.steps(3)
+    assert [(layer, to) for _, layer, to in run.moves()] == [("2", "float32")] and run.scaler.stats().steps_skipped <= 2
+
+
 # -- compiled, logged, replayed --------------------------------------------------------------------
+class Straight(nn.Module):
+    """A model without a loop, which torch.compile can leave and enter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.loud, self.last = nn.Linear(16, 32), Loud(32, 2.0**18), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.last(self.loud(self.first(x).relu()).relu())
+
+
 @BOTH
-def test_a_compiled_model_recompiles_once_a_move_and_the_count_is_told(cast):
+def test_a_compiled_model_notices_its_islands_and_the_recompilations_are_counted(cast):
     torch._dynamo.reset()
-    run = Run(lambda: loud(), cast, wrap=lambda model: torch.compile(model, backend="eager")).steps(60)
-    assert run.moves() == [(1, "2", "float32")] and run.accuracy() > 0.8
-    assert run.precision.recompiles == 1 and run.precision.transitions == 1
-    assert "1 moves, 1 recompilations in 60 steps" in str(run.precision)
+    eager = Run(Straight, cast).steps(40)
+    run = Run(Straight, cast, wrap=lambda model: torch.compile(model, backend="aot_eager")).steps(40)
+    assert run.moves() == eager.moves() == [(1, "loud", "float32")] and run.accuracy() > 0.8
+    assert run.precision.recompiles == 2 and run.precision.transitions == 1  # before the island and after it
+    assert "1 moves, 2 recompilations in 40 steps" in str(run.precision)
+
+
+@torch._functorch.config.patch(backward_pass_autocast="off")
+def test_where_torch_compile_leaves_backwards_alone_an_island_is_in_the_graph():
+    torch._dynamo.reset()
+    run = Run(Straight, False, wrap=lambda model: torch.compile(model, backend="aot_eager", fullgraph=True)).steps(40)
+    assert run.moves() == [(1, "loud", "float32")] and run.precision.recompiles == 1 and run.accuracy() > 0.8
+
+
+@pytest.mark.parametrize("backward", ["off", "same_as_forward"])
+@BOTH
+def test_gradients_of_an_island_in_a_compiled_model_are_those_of_eager_in_fp32(cast, backward):
+    def gradients(wrap):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        if cast:
+            hs.cast_model(model)
+        hs.islands_(model, ["0", "2"])
+        with hs.autocast("cpu"):
+            loss = wrap(model)(X[:32]).float().pow(2).mean() * 1e-7
+        loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    with torch._functorch.config.patch(backward_pass_autocast=backward):
+        eager, compiled = gradients(lambda model: model), gradients(lambda model: torch.compile(model, backend="aot_eager"))
+    assert 0 < eager[0].abs().max() < 2.0**-25 and eager[0].dtype == torch.float32  # FP16 would hold 0
+    assert same(eager, compiled)
 
 
 @BOTH

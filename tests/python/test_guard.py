@@ -344,6 +344,12 @@ def test_a_metric_that_is_not_there_is_named():
         run.steps(1)
 
 
+def test_a_margin_in_points_of_what_is_no_share_is_refused():
+    run = Run().watched(evaluate=lambda model: -3.5, every=1)
+    with pytest.raises(ValueError, match="margin is in percentage points, but value is -3.5 and -3.5, which is no share"):
+        run.steps(1)
+
+
 def test_a_guard_goes_on_from_its_state():
     run = overflowing(True).watched(every=2, actions=("warn", "island", "stop"))
     run.steps(5)

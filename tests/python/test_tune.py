@@ -144,9 +144,9 @@ def test_its_policy_is_what_arms_and_islands_take(tmp_path, here):
 def test_where_no_set_is_enough_it_says_so(tmp_path, here):
     text = SCRIPT.replace("    arm.apply(model)", "    arm.apply(model)\n    if arm.compute != 'fp32':\n        model[8].weight.requires_grad_(False).zero_()")
     status, out, _ = command("tune", f"{write(tmp_path, {}, text)}:make", "--margin", "10pp", "--seeds", "3", "--out", tmp_path / "out")
-    assert status == 2 and "with all of them in FP32 it is worse" in out and "wrote no policy" in out and not (tmp_path / "out/policy.json").exists()
+    assert status == 2 and "with all of them in FP32 the verdict is worse" in out and "wrote no policy" in out and not (tmp_path / "out/policy.json").exists()
     status, out, _ = command("tune", f"{tmp_path / 'job.py'}:make", "--margin", "10pp", "--seeds", "0,", "--out", tmp_path / "one")
-    assert status == 3 and "it is cannot tell; run 2 more seeds" in out
+    assert status == 3 and "the verdict is cannot tell; run 2 more seeds" in out
 
 
 def test_an_arm_with_islands(tmp_path):
@@ -160,7 +160,7 @@ def test_an_arm_with_islands(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["nope.py:make"], "make: nope.py: no such file"), (["JOB:other"], "has no 'other'"), (["JOB:make", "--margin", "x"], "delta is 'x'"), (["JOB:make", "--seeds", "a"], "--seeds is 'a'"),
+    (["nope.py:make"], "make: nope.py: no such file"), (["JOB:other"], "has no 'other'"), (["JOB:make", "--margin", "x"], "margin is 'x'"), (["JOB:make", "--seeds", "a"], "--seeds is 'a'"),
     (["JOB:make", "--arm", "fp32"], "arm: 'fp32' computes in FP32"), (["JOB:make", "--arm", "mixed:islands=0"], "has islands already"), (["JOB:make", "--arm", "half"], "'half' is no preset"),
     (["JOB:make", "--against", "mixed"], "arm and against are both 'mixed'"), (["JOB:make", "--every", "0"], "every is 0"), (["JOB:make", "--layers", "conv*"], "'conv*', which fits no module"),
     (["JOB:make", "--against", "@nope.json"], "policy: nope.json: No such file"), (["JOB:make", "--against", "@BAD"], "is not JSON"), ([], "the following arguments are required: make"),
