@@ -58,13 +58,15 @@ def read_policy(path, known=None):
     return options
 
 
-def check_path(path, argument):
-    """Refuses a log that could not be written, before hours of training."""
-    if path is None:
+def check_path(log, replay, caller):
+    """The path of a log; refuses one that could not be written, before hours of training, and one that is being replayed."""
+    if log is None:
         return None
-    path = Path(path)
+    path = Path(log)
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{argument}: {path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}")
+        raise ValueError(f"{caller}: log: {path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}")
+    if replay is not None and path.exists() and Path(replay).exists() and path.samefile(replay):
+        raise ValueError(f"{caller}: log and replay are both {path}; a replay that ended early would leave less of it")
     return path
 
 

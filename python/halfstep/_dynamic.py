@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _decisions
+from . import _decisions, policies
 from ._islands import Islands, bare, layers
 from ._job import tensors
 from ._nonfinite import find_nonfinite
@@ -101,7 +101,8 @@ class _Look(TorchDispatchMode):
     def _enter(self, name):
         def hook(module, args, kwargs):
             seen = self.seen.setdefault(name, _Seen())
-            seen.arrives = max(seen.arrives, _largest([args, kwargs]))
+            # What is neither the first argument nor has a gradient is a mask: where it is very negative, -inf serves as well.
+            seen.arrives = max(seen.arrives, _largest([args[:1], [t for t in tensors([args[1:], kwargs]) if t.requires_grad]]))
             if name in self._islands:
                 self._running.append(seen)
         return hook
@@ -161,7 +162,7 @@ class DynamicPrecision:
             raise ValueError(f"DynamicPrecision: scaler has losses={scaler.losses}; expected 1")
         if not callable(loss):
             raise TypeError(f"DynamicPrecision: loss is {type(loss).__name__}; expected a function (model, batch) -> scalar")
-        self._model, self._scaler, self._loss = bare(model), scaler, loss
+        self._model, self._scaler, self._loss, self._given = bare(model), scaler, loss, layers is not None
         self._optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
         counts = {"every": every, "checks": checks, "clean": clean, "hold": hold}
         self.every, self.checks, self.clean, self.hold = (_decisions.whole(name, value, "DynamicPrecision") for name, value in counts.items())
@@ -170,7 +171,7 @@ class DynamicPrecision:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"DynamicPrecision: {name} is {value!r}; expected a number above 0")
         self.headroom, self.floor = float(headroom), float(floor)
-        self._islands, self._log = Islands(self._model, self._optimizers), _decisions.check_path(log, "DynamicPrecision: log")
+        self._islands, self._log = Islands(self._model, self._optimizers), _decisions.check_path(log, replay, "DynamicPrecision")
         if self._islands.dtype == torch.bfloat16:
             raise ValueError("DynamicPrecision: the model is in BF16, whose range is FP32's: there is nothing to decide")
         self.layers = {name: LayerPrecision() for name in self._candidates(layers)}
@@ -224,7 +225,8 @@ class DynamicPrecision:
             self._in_vain = self._in_vain and not new
             return
         loss_is_bad = not math.isfinite(self._scaler._history._newest.numbers()[0][LOSS])
-        if self._in_vain or not loss_is_bad and stats.scale > self.floor and stats.scale < before:
+        at_floor = isinstance(self._scaler.policy, policies.Static) or before <= max(self.floor, self._scaler._history.floor)
+        if self._in_vain or not (loss_is_bad or at_floor):
             return  # searched already; or the scale still finds its place
         steps = [step for step, _, _ in self._recent]
         if stats.step - self._base in steps[1:]:  # on a GPU the numbers are those of a step or two before
@@ -260,12 +262,12 @@ class DynamicPrecision:
         return name is not None
 
     def _layer_of(self, path):
-        """The layer that a module belongs to, going outwards where it is an island already; None for the whole model."""
+        """The layer that a module belongs to, going outwards where it is an island already; None for the whole model, and outside of given layers."""
         while path:
-            owner = next((name for name in self.layers if path == name or path.startswith(name + ".")), path)
-            if owner not in self._islands.names:
+            owner = next((name for name in self.layers if path == name or path.startswith(name + ".")), None if self._given else path)
+            if owner is not None and owner not in self._islands.names:
                 return owner
-            path = owner.rpartition(".")[0]
+            path = (owner or path).rpartition(".")[0]
         return None
 
     # -- (b), (c) and the way back: a check against FP32 ---------------------------------------------

@@ -79,7 +79,7 @@ class AccuracyGuard:
         self.every, self.actions = _decisions.whole("every", every, "AccuracyGuard"), self._parsed(actions)
         self._factor, (self._margin, self._points) = _decisions.fraction("lr_factor", lr_factor, "AccuracyGuard"), _margin(margin)
         self._check_arguments(dtype)
-        self._islands, self._log = Islands(self._model, self._optimizers), _decisions.check_path(log, "AccuracyGuard: log")
+        self._islands, self._log = Islands(self._model, self._optimizers), _decisions.check_path(log, replay, "AccuracyGuard")
         self._dtype = dtype or self._islands.dtype or torch.float16
         self._candidates()
         self._step, self._rung, self._best, self._stuck = 0, 0, None, None
