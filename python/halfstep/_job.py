@@ -10,7 +10,8 @@ from typing import Any, Callable, Iterable
 
 import torch
 
-from . import optim
+from . import _decisions, optim
+from ._islands import islands_
 from ._replay import policy_of
 from .amp import GradScaler, autocast
 from .cast import cast_model
@@ -43,6 +44,7 @@ class Arm:
     grad_dtype: str = "param"        #: of a halfstep optimizer: fp32 sums micro-batches in FP32
     policy: "str | None" = None      #: loss scale: a preset or policy, `dynamic`, `static(scale=1024)`, `megatron`; None: Dynamic
     keep_fp32: "str | None" = None   #: names or globs of modules that stay FP32, `head|*.norm*`; None: all norms
+    islands: "str | None" = None     #: names or globs of modules of a 16-bit model that compute in FP32 (docs/precision.md), `2|blocks.3.*`
     optimizer_from: str = "auto"     #: torch or halfstep; auto: torch's in the fp32 arm where it takes every argument, else halfstep's
     device: str = "cpu"              #: cpu or cuda: where make() is to put model and data
     fingerprint: "str | None" = field(default=None, init=False, repr=False)  #: of the weights that apply() was given
@@ -53,6 +55,8 @@ class Arm:
             allowed = _CHOICES.get("optimizer" if key == "optimizer_from" else key)
             if allowed and value not in allowed:
                 raise ValueError(f"arm {self.name!r}: {key.removesuffix('_from')} is {value!r}; expected one of {', '.join(allowed)}")
+        if self.islands is not None and self.compute == "fp32":
+            raise ValueError(f"arm {self.name!r}: islands is {self.islands}, but compute is fp32: all of the model is in FP32")
         if self.policy is not None and self.compute != "fp16":
             raise ValueError(f"arm {self.name!r}: policy is {self.policy}, but only FP16 losses are scaled and compute is {self.compute}")
         try:
@@ -62,7 +66,9 @@ class Arm:
 
     @classmethod
     def parse(cls, text, device="cpu"):
-        """An Arm from `fp32`, `mixed:master=fp32,states=bf16`, `autocast:policy=static(scale=1024),keep_fp32=head|fc*,name=mine`."""
+        """An Arm from `@policy.json` (of `halfstep tune`), `fp32`, `mixed:master=fp32,states=bf16`, `autocast:policy=static(scale=1024),keep_fp32=head|fc*,name=mine`."""
+        if text.startswith("@"):
+            return cls(device=device, name=text, **_decisions.read_policy(text[1:], {f.name for f in fields(cls) if f.init and f.name not in ("name", "device")}))
         preset, _, rest = text.partition(":")
         if preset not in PRESETS:
             raise ValueError(f"arm {text!r}: {preset!r} is no preset; expected one of {', '.join(PRESETS)}, with `:key=value,…` for more")
@@ -97,7 +103,9 @@ class Arm:
         if self.compute != "fp32" and self.weights == "cast":
             cast_model(model, self.dtype, keep_fp32=None if self.keep_fp32 is None else self.keep_fp32.split("|"))
         elif self.keep_fp32 is not None and self.compute != "fp32":
-            raise ValueError(f"arm {self.name!r}: keep_fp32 keeps weights of a cast model; with weights=autocast it would do nothing")
+            raise ValueError(f"arm {self.name!r}: keep_fp32 keeps weights of a cast model; with weights=autocast it would do nothing; islands compute in FP32 there")
+        if self.islands is not None:
+            islands_(model, self.islands.split("|"))
         return model
 
     def optimizer(self, cls, params, **kw):

@@ -186,6 +186,8 @@ def _exact_weights(caller, optimizers, weights):
 def evaluate_in(model, optimizers=None, dtype=torch.float32, weights="master"):
     """Inside, `model` holds its exact weights in `dtype` (FP16, FP32 or FP64) and casts floating inputs; after it, the
     weights are what they were, bit for bit. weights="ema": the optimizers' running means instead."""
+    from ._islands import islands_in  # built on this module
+
     exact = _exact_weights("evaluate_in", optimizers, weights)
     tensors = [t for t in list(model.parameters()) + list(model.buffers()) if t.is_floating_point()]
     value_of = lambda t: exact.get(id(t), getattr(t, "_halfstep_exact", t.data)).detach()
@@ -196,7 +198,7 @@ def evaluate_in(model, optimizers=None, dtype=torch.float32, weights="master"):
     saved = [(t, t.data) for t in tensors]
     training = {module: module.training for module in model.modules()}
     hook = model.register_forward_pre_hook(lambda m, args, kwargs: (_cast_floats(args, dtype), _cast_floats(kwargs, dtype)), with_kwargs=True)
-    roots = [r for _, _, r in _hooks(model, _Root)]
+    roots = [r for _, _, r in _hooks(model, _Root)] + islands_in(model)  # all of them leave dtypes alone here
     bypassed = _hooks(model, (_Enter, _Leave))
     before = [r.evaluating for r in roots]
     order = [(hooks, dict(hooks)) for hooks in {id(h): h for h, _, _ in bypassed}.values()]
