@@ -107,6 +107,10 @@ class AccuracyGuard:
         for i, optimizer in enumerate(self._optimizers):
             if not isinstance(optimizer, torch.optim.Optimizer):
                 raise TypeError(f"AccuracyGuard: optimizers[{i}] is {type(optimizer).__name__}; expected an optimizer")
+        self._check_schedulers()
+
+    def _check_schedulers(self):
+        for i, optimizer in enumerate(self._optimizers):
             if self._does("lower_lr") and not self._schedulers and has_scheduler(optimizer):
                 raise ValueError(f"AccuracyGuard: optimizers[{i}] has a learning-rate scheduler, which would write over a lowered lr; pass schedulers=")
 
@@ -121,12 +125,13 @@ class AccuracyGuard:
         """After each update of the scaler (or step of the optimizer). Returns the GuardDecision of a bad check, or None; once stopped, that decision."""
         if self.stopped:
             return self.decisions[-1]
+        if not self._step:
+            self._check_schedulers()  # one may have been made after the guard
         self._step += 1
         if self._replay is not None:
             return self._again()
-        if self._step % self.every and not self._newly_stuck():
-            return None
-        return self._check()
+        stuck = self._newly_stuck()
+        return None if self._step % self.every and not stuck else self._check()
 
     def _newly_stuck(self):
         """Whether the scaler has just said why no step is taken any more. Costs no synchronisation."""

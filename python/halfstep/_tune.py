@@ -128,7 +128,10 @@ def _job_layers(file, name, arm, rules):
     except _worker.CannotLoad as error:
         raise ValueError(str(error)) from None
     _worker.seed_all(0)
-    job = make(copy.copy(arm), 0)
+    try:
+        job = make(copy.copy(arm), 0)
+    except Exception as error:
+        raise ValueError(f"{file}: {name}(): {_worker.last_line(error)}") from error
     if not isinstance(job, Job):
         raise ValueError(f"{file}: {name}() returned {type(job).__name__}; expected a halfstep.Job")
     cast = any(p.dtype in SIXTEEN for p in job.model.parameters())

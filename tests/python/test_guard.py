@@ -154,8 +154,9 @@ def test_a_run_that_takes_no_step_any_more_is_checked_at_once():
     assert found[0].why == "'0.weight' holds inf or NaN" and run.model[0].weight.isfinite().all()
 
 
-def test_a_stuck_run_is_bad_though_its_weights_are_well():
-    run = Run().watched(every=1000, actions="warn")
+@pytest.mark.parametrize("every", [1000, 23])
+def test_a_stuck_run_is_bad_though_its_weights_are_well(every):
+    run = Run().watched(every=every, actions="warn")
     run.steps(3)
     X[:, 0].fill_(float("inf"))
     try:
@@ -244,10 +245,12 @@ def test_a_lowered_rate_stays_lowered_whatever_the_scheduler(name, tensor):
 
 
 def test_skip_aware_schedulers_are_seen_through_and_forgotten_ones_refused():
-    run = Run()
+    run = Run().watched()
     scheduler = hs.lr_scheduler.SkipAware(lrs.LambdaLR(run.optimizer, lambda s: 1.0), run.scaler)
     with pytest.raises(ValueError, match="optimizers\\[0\\] has a learning-rate scheduler.*pass schedulers="):
         run.watched()
+    with pytest.raises(ValueError, match="pass schedulers="):  # made after the guard
+        run.step()
     run.watched(schedulers=scheduler)
     assert lower_lr([run.optimizer], [scheduler], 0.5) == [1.5e-3]
     run.steps(1)

@@ -173,6 +173,12 @@ def test_errors_are_one_line_and_status_1(tmp_path, words, message):
     assert status == 1 and out == "" and len(errors.strip().splitlines()) == 1 and message in errors, errors
 
 
+def test_an_error_in_the_script_is_one_line(tmp_path):
+    job = write(tmp_path, {}, SCRIPT.replace("    arm.apply(model)", "    1 / 0"))
+    status, _, errors = command("tune", f"{job}:make", "--out", tmp_path / "out")
+    assert status == 1 and errors.strip().splitlines() == [f"halfstep tune: {job.resolve()}: make(): ZeroDivisionError: division by zero"]
+
+
 @pytest.mark.parametrize("text, message", [
     ('{"format": "halfstep-policy", "version": 1, "islands": []}', "'arm' is NoneType; expected dict"),
     ('{"format": "halfstep-policy", "version": 1, "islands": [], "arm": {"options": {}}}', "no options with islands"),
