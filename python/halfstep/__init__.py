@@ -8,6 +8,7 @@ from ._library import _C, PACKAGE, cuda_status
 from . import functional, lr_scheduler, nn, optim, policies
 from ._compare import Comparison, compare
 from ._job import Arm, Job
+from ._monitor import Monitor, monitor
 from ._nonfinite import NonFinite, find_nonfinite
 from ._stats import ScalerStats, TensorStats
 from .ada_loss import ada_loss_
@@ -34,6 +35,6 @@ def doctor():
     return doctor()
 
 
-__all__ = ["Arm", "CastReport", "Comparison", "GradScaler", "Job", "NonFinite", "ScalerStats", "SimResult", "SwapReport", "TensorStats", "ada_loss_", "autocast", "cast_model", "cmake_prefix_path", "compare",
-           "cuda_status", "doctor", "evaluate_in", "export_state_dict", "find_nonfinite", "functional", "include_path", "load", "load_state_dict", "lr_scheduler", "nn", "optim", "policies",
+__all__ = ["Arm", "CastReport", "Comparison", "GradScaler", "Job", "Monitor", "NonFinite", "ScalerStats", "SimResult", "SwapReport", "TensorStats", "ada_loss_", "autocast", "cast_model", "cmake_prefix_path", "compare",
+           "cuda_status", "doctor", "evaluate_in", "export_state_dict", "find_nonfinite", "functional", "include_path", "load", "load_state_dict", "lr_scheduler", "monitor", "nn", "optim", "policies",
            "record", "save", "set_overrides", "simulate", "swap_layers_"]
