@@ -14,19 +14,20 @@ from .optim import Masters, Optimizer
 @torch.no_grad()
 def exact_weight(optimizers, param):
     """The weight without rounding, in FP32 or wider: from its master, or what cast_model kept; a weight that was edited since is as it is now."""
-    kept = getattr(param, "_halfstep_exact", None)
+    kept, known = getattr(param, "_halfstep_exact", None), False  # known: not edited since
     for optimizer in optimizers:
         if isinstance(optimizer, Optimizer):
             for room in optimizer._rooms:
                 at = next((i for i, p in enumerate(room.params) if p is param), None)
                 if at is not None and room.pointers[at] == param.data_ptr():
                     kept = H.read_masters([room.raw[at]], [room.masters[at]])[0]
+                    known = room.versions is not None and room.versions[at] == param._version
         elif isinstance(optimizer, Masters):
-            kept = next((master for p, master in optimizer._pairs if p is param), kept)
-    here = param.detach().to(torch.promote_types(param.dtype, torch.float32), copy=True)
+            kept = next((master.detach().clone() for p, master in optimizer._pairs if p is param), kept)
+    wide = torch.promote_types(param.dtype, torch.float32)
     if kept is None or kept.device != param.device or kept.shape != param.shape:
-        return here
-    return torch.where(kept.to(param.dtype) == param, kept.to(here.dtype), here)
+        return param.detach().to(wide, copy=True)
+    return kept.to(wide) if known else torch.where(kept.to(param.dtype) == param, kept.to(wide), param.detach().to(wide))
 
 
 def _wide(value, leaves):
