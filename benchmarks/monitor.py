@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/monitor.py [--rounds 40] [--every 50] [--out benchmarks/results/cpu.json]
 
-The same net is trained three times side by side. `between`: the extra time of a step that is not sampled (the counters, the status file), median of the
-differences within a round. `sample`: that of a step in which one layer runs in FP32, the mean over the layers in turn of the median of their differences.
+The same net is trained three times side by side, and of each kind of step the fastest counts: other work on the machine only ever adds time. `between`: the
+extra time of a step that is not sampled (the counters, the status file); `sample`: that of a step in which one layer runs in FP32, the mean over the layers.
 overhead = ((every - 1) * between + sample) / every over the step without a monitor.
 """
 
@@ -62,24 +62,24 @@ def measure(name, rounds, every):
         arms = [Arm(CASES[name], Path(folder), n) for n in (0, 10**9, 1)]
         layers = len(arms[2].monitor._layers)
         off, between, sample = [], [], [[] for _ in range(layers)]
-        for i in range(rounds * layers if layers < 10 else rounds * 4):
+        for i in range(rounds * layers + 3):
             times = [0.0] * 3
             for k in (0, 1, 2) if i % 2 else (2, 1, 0):
                 times[k] = arms[k]()
             if i >= 3:
                 off.append(times[0])
-                between.append(times[1] - times[0])
-                sample[i % layers].append(times[2] - times[0])
+                between.append(times[1])
+                sample[i % layers].append(times[2])
         for arm in arms[1:]:
             arm.monitor.close()
-    step, free = statistics.median(off), statistics.median(between)
-    one = statistics.mean(statistics.median(extra) for extra in sample if extra)
+    step = min(off)
+    free, one = min(between) - step, statistics.mean(map(min, sample)) - step
     return {"case": name, "step_ms": step, "between_ms": free, "sample_ms": one, "every": every, "rounds": len(off), "overhead": ((every - 1) * free + one) / every / step}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10, help="steps of each layer's sample")
+    parser.add_argument("--rounds", type=int, default=10, help="samples of each layer")
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--out")
     options = parser.parse_args()

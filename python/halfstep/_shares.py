@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ._library import grad_stats
+from ._library import _C
 from ._recording import OVERFLOW, SMALLEST, number
 from .cast import evaluate_in
 from .optim import Masters, Optimizer
@@ -38,45 +38,18 @@ class Shares:
         return math.log2(65504.0 / self.amax) if self.amax > 0 and math.isfinite(self.amax) else None
 
 
-_total, _PIECE = torch.count_nonzero, 1 << 16
-
-
 @torch.no_grad()
 def counts(reference, scale=1.0, stored=None):
     """The numbers of shares(), in the order of the fields of Shares, as one float64 tensor on the device; nothing waits for it."""
-    x = reference.detach() if scale == 1.0 and reference.dtype == torch.float32 else reference.detach().double() * scale
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.numel():
-        nonfinite, _, amax, zeros, below_normal, _, *_ = grad_stats([x])[0].tolist()
-        if not nonfinite:  # one pass says most of it, and often all
-            return torch.tensor(_finite_counts(x, zeros, below_normal, amax, stored), dtype=torch.float64)
-    x = x.abs()
-    nan, infinite, zeros, small = _total(x != x), _total(x == math.inf), _total(x == 0), _total(x <= SMALLEST)
-    lost = torch.zeros_like(nan) if stored is None else _total((x > 0) & (x < math.inf) & (stored.detach() == 0))
+    x = reference.detach()
+    if x.device.type == "cpu" and x.dtype == torch.float32 and scale == 1.0:
+        return torch.tensor(_C.shares(x, scale, stored), dtype=torch.float64)  # one pass
+    x, total = (x.double() * scale).abs(), torch.count_nonzero
+    nan, infinite, zeros, small = total(x != x), total(x == math.inf), total(x == 0), total(x <= SMALLEST)
+    lost = torch.zeros_like(nan) if stored is None else total((x > 0) & (x < math.inf) & (stored.detach() != 0).logical_not())
     amax = torch.where(x < math.inf, x, 0).amax() if x.numel() else torch.zeros_like(nan)
-    return torch.stack([n.double() for n in (torch.full_like(nan, x.numel()), x.numel() - nan - infinite - zeros, small - zeros, _total(x < TO_NORMAL) - small,
-                                             _total(x >= OVERFLOW) + nan, _total(x > SATURATED) + nan, lost, amax)])
-
-
-def _finite_counts(x, zeros, below_normal, amax, stored):
-    """The same of an FP32 tensor of the CPU, piece by piece, so that what is made of it stays in the cache; below_normal: its non-zeros below 2^-14."""
-    small = normal = over = saturated = kept = 0
-    pieces = x.reshape(-1).split(_PIECE)
-    for piece in pieces if below_normal or amax > SATURATED else ():
-        size = piece.abs()
-        if below_normal:
-            small += int(_total(size <= SMALLEST))
-            normal += int(_total(size < TO_NORMAL))
-        if amax > SATURATED:
-            over += int(_total(size >= OVERFLOW))
-            saturated += int(_total(size > SATURATED))
-    if below_normal:
-        small, normal = small - zeros, normal - small
-    if stored is not None:
-        stored = stored.detach() if stored.dtype == torch.bool else stored.detach() != 0
-        for piece, there in zip(pieces, stored.reshape(-1).split(_PIECE)):
-            kept += int(_total((piece != 0).logical_and_(there)))
-    nonzero = x.numel() - zeros
-    return x.numel(), nonzero, small, normal, over, saturated, 0 if stored is None else nonzero - kept, amax
+    return torch.stack([n.double() for n in (torch.full_like(nan, x.numel()), x.numel() - nan - infinite - zeros, small - zeros, total(x < TO_NORMAL) - small,
+                                             total(x >= OVERFLOW) + nan, total(x > SATURATED) + nan, lost, amax)])
 
 
 def shares(reference, scale=1.0, stored=None):

@@ -26,7 +26,17 @@ from halfstep._shares import unpacked
 from test_compare_shares import counted
 from test_compare_tensorboard import scalars
 
+ROOT = Path(__file__).resolve().parents[2]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_backward_hooks")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The tensors here are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Mixed(nn.Module):
@@ -348,6 +358,27 @@ def test_tensorboard_reads_them(tmp_path):
     assert [e.step for e in reader.Scalars("amp/loss_scale")] == [1, 2, 4]
 
 
+def test_a_run_of_cpp_is_watched_with_the_same_files(tmp_path, capsys):
+    build = ROOT / "python/halfstep/lib/.build"
+    program = ROOT / build.read_text().split()[0] / "tests/cpp/monitor_peer" if build.exists() else None
+    if program is None or not program.exists():
+        pytest.skip("tests/cpp/monitor_peer is not built (-DHALFSTEP_TESTS=ON)")
+    subprocess.run([program, tmp_path], check=True)
+    report = schema.read(tmp_path / "monitor.json")
+    assert report["scale"]["skipped"] == [5] and report["scale"]["points"] == [[1, 256.0], [6, 128.0]] and report["scale"]["steps"] == 8 and report["unsampled"] == {}
+    assert {row["kind"] for row in report["layers"]} == {"weight", "stored weight gradient"} and [s["step"] for s in report["shares"]["samples"]] == [2, 4, 6, 8]
+    assert {t["name"] for t in report["gradients"]["tensors"]} == {"a \"quoted\" name.weight", "a \"quoted\" name.bias", "2.weight", "2.bias"}
+    assert schema.read(tmp_path / "live.json")["status"]["state"] == "ended"
+    assert cli.main(["watch", str(tmp_path / "live.json")]) == 0
+    assert capsys.readouterr().out.startswith("step 8  scale 2^7  skipped 1 (12.5 %)  norm ")
+    events = next(p for p in tmp_path.iterdir() if p.name.startswith("events."))
+    found = {}
+    for tag, step, value in scalars(events):
+        found.setdefault(tag, {})[step] = value
+    assert found["amp/loss_scale"] == {1: 256.0, 2: 256.0, 4: 256.0, 5: 256.0, 6: 128.0, 8: 128.0} == found["loss-scale"] and found["amp/found_inf"][5] == 1 and found["amp/loss_scale_log2"][8] == 7
+    assert set(found) >= {"amp/skipped_total", "amp/consecutive_skips", "amp/grad_norm_unscaled", "amp/headroom_bits/2.weight", "amp/underflow_share/2.weight/weight", "num-zeros"}
+
+
 def hooks(model):
     return sum(len(getattr(m, kind)) for m in model.modules() for kind in HOOKS) + sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
 
@@ -483,7 +514,7 @@ def test_which_layers_is_chosen_by_name_or_glob():
 
 
 def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
-    text = (Path(__file__).resolve().parents[2] / "docs" / "monitor.md").read_text()
+    text = (ROOT / "docs" / "monitor.md").read_text()
     code = text.split("```python\n", 1)[1].split("```", 1)[0]
     monkeypatch.chdir(tmp_path)
     model, optimizer, scaler = net_of(nn.Linear(6, 3))
