@@ -66,6 +66,15 @@ def backward_stats(result):
     return "\n".join(lines)
 
 
+def monitor(result):
+    rows = result["rows"]
+    lines = [f"CPU time of one training step, the fastest of each kind in interleaved rounds; live file and TensorBoard events on; {result['device']}; torch {result['versions']['torch']}, {result['date']}.", "",
+             f"| net | a step | between samples | a sample | every {rows[0]['every']} steps |", "| --- " * 5 + "|"]
+    for r in rows:
+        lines.append(f"| {r['case']} | {r['step_ms']:.1f} ms | {r['between_ms']:+.2f} ms | {r['sample_ms']:+.1f} ms | {100 * r['overhead']:.2f} % |")
+    return "\n".join(lines)
+
+
 def policies(result):
     rows = result["rows"]
     lines = [f"Seven sigmoid layers on digits, FP16 weights, {rows[0]['steps']:,} steps, a NaN image in every {rows[0]['every']}th batch ({1000 // rows[0]['every']} skips per 1,000 are its own), "
@@ -110,7 +119,7 @@ def audit(result):
     return "\n".join(lines)
 
 
-TABLES = {"audit": audit, "gpt": gpt, "layers": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
+TABLES = {"audit": audit, "monitor": monitor, "gpt": gpt, "layers": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
 
 
 def main():

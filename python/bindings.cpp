@@ -8,6 +8,8 @@
 #include <halfstep/cuda.h>
 #include <halfstep/nonfinite.h>
 #include <halfstep/overrides.h>
+#include <halfstep/shares.h>
+#include <halfstep/tensorboard.h>
 #include <halfstep/version.h>
 
 PYBIND11_MODULE(_C, m) {
@@ -49,4 +51,21 @@ PYBIND11_MODULE(_C, m) {
       .def("set_phase", &NonFiniteFinder::set_phase)
       .def("finish", &NonFiniteFinder::finish,
            pybind11::call_guard<pybind11::gil_scoped_release>());
+
+  // The numbers of halfstep._shares.Shares, in the order of its fields.
+  m.def(
+      "shares",
+      [](const at::Tensor& reference, double scale, const std::optional<at::Tensor>& stored) {
+        const auto s = halfstep::shares(reference, scale, stored.value_or(at::Tensor()));
+        return std::make_tuple(s.count, s.nonzero, s.underflow, s.subnormal, s.overflow,
+                               s.saturated, s.lost, s.amax);
+      },
+      pybind11::arg("reference"), pybind11::arg("scale"), pybind11::arg("stored"));
+  m.def("tensorboard_first_record", [](double wall_time) {
+    return pybind11::bytes(halfstep::TensorBoardWriter::first_record(wall_time));
+  });
+  m.def("tensorboard_record",
+        [](const std::string& tag, double value, int64_t step, double wall_time) {
+          return pybind11::bytes(halfstep::TensorBoardWriter::record(tag, value, step, wall_time));
+        });
 }

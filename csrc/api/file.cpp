@@ -106,13 +106,14 @@ void AtomicFile::write(const void* data, size_t size) noexcept {
   }
 }
 
-void AtomicFile::commit() {
-  if (error_ == 0 && ::fsync(descriptor_) != 0) error_ = errno;
+void AtomicFile::commit(bool sync) {
+  if (error_ == 0 && sync && ::fsync(descriptor_) != 0) error_ = errno;
   TORCH_CHECK(error_ == 0, "save: cannot write '", target_, "': ", std::strerror(error_));
   TORCH_CHECK(::rename(temporary_.c_str(), target_.c_str()) == 0, "save: cannot write '", target_,
               "': ", std::strerror(errno));
   ::close(descriptor_);
   descriptor_ = -1;
+  if (!sync) return;
   const int entry = ::open(folder_of(target_).c_str(), O_RDONLY | O_CLOEXEC);
   if (entry < 0) return;  // a folder that cannot be opened for reading: the file itself is safe
   ::fsync(entry);

@@ -16,8 +16,9 @@ class AtomicFile {
 
   /// Never throws: a failure is kept for commit().
   void write(const void* data, size_t size) noexcept;
-  /// Syncs the file and its folder, and renames.
-  void commit();
+  /// Syncs the file and its folder, and renames. Without `sync` a reader sees all of it or nothing
+  /// just as well, but a machine that loses power may keep neither.
+  void commit(bool sync = true);
 
  private:
   std::string target_, temporary_;

@@ -293,6 +293,20 @@ std::vector<at::Tensor> Optimizer::master_params() {
   return all;
 }
 
+at::Tensor Optimizer::master_param(const at::Tensor& parameter) const {
+  const at::NoGradGuard no_grad;
+  for (const auto& room : rooms_)
+    for (const auto i : c10::irange(room->leaves.size())) {
+      if (!room->leaves[i].is_same(parameter)) continue;
+      const at::Tensor here = parameter.detach(), master = room->masters[i];
+      if (master.numel() > 0 && master.device() != here.device()) return here.to(at::kFloat);
+      const at::Tensor exact = api::read_masters({here}, {master})[0];
+      // An edit since the last step is the truth; the next step makes the master follow.
+      return at::where(exact.to(here.scalar_type()).eq(here), exact, here.to(exact.scalar_type()));
+    }
+  return {};
+}
+
 std::vector<at::Tensor> Optimizer::ema_params() {
   const at::NoGradGuard no_grad;
   make_rooms();

@@ -223,7 +223,8 @@ std::map<std::string, TensorStats> GradScaler::tensor_stats(int64_t which) const
                    zeros / count,
                    count > zeros ? row[math::kStatSubnormals] / (count - zeros) : 0,
                    int64_t(row[math::kStatNonfinite]),
-                   int64_t(count)};
+                   int64_t(count),
+                   scale};
     }
   }
   return out;

@@ -14,6 +14,7 @@ from ._export import ExportReport, export
 from ._guard import AccuracyGuard, GuardDecision
 from ._islands import islands_
 from ._job import Arm, Job
+from ._monitor import Monitor, monitor
 from ._nonfinite import NonFinite, find_nonfinite
 from ._stats import ScalerStats, TensorStats
 from ._swap import SwapReport, swap_layers_
@@ -41,7 +42,7 @@ def doctor():
     return doctor()
 
 
-__all__ = ["AccuracyGuard", "Arm", "Bench", "CastReport", "Comparison", "DynamicPrecision", "Evaluation", "ExportReport", "GradScaler", "GuardDecision", "Job", "NonFinite",
-           "PrecisionDecision", "ScalerStats", "SimResult", "SwapReport", "TensorStats", "Tuning", "ada_loss_", "autocast", "bench", "cast_model", "cmake_prefix_path", "compare",
+__all__ = ["AccuracyGuard", "Arm", "Bench", "CastReport", "Comparison", "DynamicPrecision", "Evaluation", "ExportReport", "GradScaler", "GuardDecision", "Job", "Monitor",
+           "NonFinite", "PrecisionDecision", "ScalerStats", "SimResult", "SwapReport", "TensorStats", "Tuning", "ada_loss_", "autocast", "bench", "cast_model", "cmake_prefix_path", "compare",
            "cuda_status", "doctor", "evaluate", "evaluate_in", "export", "export_state_dict", "find_nonfinite", "functional", "include_path", "islands_", "load", "load_state_dict",
-           "lr_scheduler", "nn", "optim", "policies", "record", "save", "set_overrides", "simulate", "swap_layers_", "tune"]
+           "lr_scheduler", "monitor", "nn", "optim", "policies", "record", "save", "set_overrides", "simulate", "swap_layers_", "tune"]

@@ -10,8 +10,11 @@ _count = itertools.count()
 
 
 @contextlib.contextmanager
-def replacing(path, text=False):
-    """An open file that takes `path`'s place when the block ends: written beside it, synced and renamed. An error in the block leaves `path` as it was."""
+def replacing(path, text=False, sync=True):
+    """An open file that takes `path`'s place when the block ends: written beside it, synced and renamed. An error in the block leaves `path` as it was.
+
+    sync False: whoever reads sees all of it or nothing just as well, but a machine that loses power may keep neither.
+    """
     target = os.path.realpath(os.fspath(path))  # a link keeps pointing where it does
     temporary = f"{target}.tmp.{os.getpid()}.{next(_count)}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -19,13 +22,15 @@ def replacing(path, text=False):
         with os.fdopen(descriptor, "w" if text else "wb", encoding="utf-8" if text else None) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    _sync(os.path.dirname(target))
+    if sync:
+        _sync(os.path.dirname(target))
 
 
 def _sync(path):

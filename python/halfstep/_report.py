@@ -69,6 +69,11 @@ def layers(runs):
                 tensor = packed["tensors"][entry[0]]
                 key = tensor["name"], tensor["kind"]
                 total[key] = total[key] + unpacked(entry) if key in total else unpacked(entry)
+    return layer_rows(total)
+
+
+def layer_rows(total):
+    """The rows of layers() from {(name, kind): Shares}."""
     share = lambda part, whole: part / whole if whole else 0.0
     return [{"name": name, "kind": kind, "nonzero": s.nonzero, "underflow": share(s.underflow, s.nonzero), "subnormal": share(s.subnormal, s.nonzero),
              "overflow": share(s.overflow, s.count), "saturated": share(s.saturated, s.count), "lost": share(s.lost, s.nonzero), "headroom": s.headroom} for (name, kind), s in total.items()]

@@ -40,10 +40,15 @@ def _run(writer, run):
                 writer.scalar(f"amp/{tag}", value, step)
             before = step
     shares = run.get("shares")
-    for sample in shares["samples"] if shares else ():
-        for entry in sample["rows"]:
-            tensor, found = shares["tensors"][entry[0]], unpacked(entry)
-            if found.nonzero:
-                writer.scalar(f"amp/underflow_share/{tensor['name']}/{TAGS[tensor['kind']]}", found.underflow / found.nonzero, sample["step"])
-            if tensor["kind"] == "weight gradient" and found.headroom is not None:
-                writer.scalar(f"amp/headroom_bits/{tensor['name']}", found.headroom, sample["step"])
+    for packed in shares["samples"] if shares else ():
+        for entry in packed["rows"]:
+            tensor = shares["tensors"][entry[0]]
+            sample(writer, packed["step"], tensor["name"], tensor["kind"], unpacked(entry))
+
+
+def sample(writer, step, name, kind, found, headroom=True):
+    """The Shares of one tensor."""
+    if found.nonzero:
+        writer.scalar(f"amp/underflow_share/{name}/{TAGS[kind]}", found.underflow / found.nonzero, step)
+    if headroom and kind == "weight gradient" and found.headroom is not None:
+        writer.scalar(f"amp/headroom_bits/{name}", found.headroom, step)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from ._library import _C
 from ._recording import OVERFLOW, SMALLEST, number
 from .cast import evaluate_in
 from .optim import Masters, Optimizer
@@ -38,19 +39,30 @@ class Shares:
 
 
 @torch.no_grad()
+def counts(reference, scale=1.0, stored=None):
+    """The numbers of shares(), in the order of the fields of Shares, as one float64 tensor on the device; nothing waits for it."""
+    x = reference.detach()
+    if x.device.type == "cpu" and x.dtype == torch.float32 and scale == 1.0:
+        return torch.tensor(_C.shares(x, scale, stored), dtype=torch.float64)  # one pass
+    x, total = (x.double() * scale).abs(), torch.count_nonzero
+    nan, infinite, zeros, small = total(x != x), total(x == math.inf), total(x == 0), total(x <= SMALLEST)
+    lost = torch.zeros_like(nan) if stored is None else total((x > 0) & (x < math.inf) & (stored.detach() != 0).logical_not())
+    amax = torch.where(x < math.inf, x, 0).amax() if x.numel() else torch.zeros_like(nan)
+    return torch.stack([n.double() for n in (torch.full_like(nan, x.numel()), x.numel() - nan - infinite - zeros, small - zeros, total(x < TO_NORMAL) - small,
+                                             total(x >= OVERFLOW) + nan, total(x > SATURATED) + nan, lost, amax)])
+
+
 def shares(reference, scale=1.0, stored=None):
     """Shares of an FP32 (or wider) tensor at a scale. x * scale is exact: both have 24 bits, and the product is taken in FP64.
 
     `stored`: what the 16-bit run has in its place, any dtype, for `lost`.
     """
-    x = (reference.detach().double() * scale).abs()
-    finite = x.isfinite()
-    nonzero = (x > 0) & finite
-    small = nonzero & (x <= SMALLEST)
-    total = lambda mask: int(mask.sum())
-    return Shares(count=x.numel(), nonzero=total(nonzero), underflow=total(small), subnormal=total((x > SMALLEST) & (x < TO_NORMAL)),
-                  overflow=total((x >= OVERFLOW) | ~finite), saturated=total((x > SATURATED) | ~finite),
-                  lost=0 if stored is None else total(nonzero & (stored.detach() == 0)), amax=float(x[finite].max()) if total(finite) else 0.0)
+    return of_counts(counts(reference, scale, stored).tolist())
+
+
+def of_counts(numbers):
+    """Shares of the eight numbers of counts()."""
+    return Shares(*map(int, numbers[:7]), numbers[7])
 
 
 @contextlib.contextmanager
@@ -74,7 +86,7 @@ def _leaves(model):
 
 
 @contextlib.contextmanager
-def _rng(state):
+def with_rng(state):
     """Inside, random numbers are those from `state` on (of rng_state()); after it, as if none had been drawn."""
     now = rng_state()
     _set_rng(state)
@@ -131,7 +143,7 @@ def against_fp32(model, optimizers, loss, batch, scale, rng=None):
     stored = {name: param.grad for name, param in model.named_parameters()}
     training = {module: module.training for module in model.modules()}
     ours = [o for o in optimizers if isinstance(o, (Optimizer, Masters))]
-    with _rng(rng or rng_state()), evaluate_in(model, ours, torch.float32), _leaves(model) as leaves:
+    with with_rng(rng or rng_state()), evaluate_in(model, ours, torch.float32), _leaves(model) as leaves:
         for module, was in training.items():
             module.training = was
         for name, leaf in leaves.items():

@@ -137,6 +137,7 @@ class History:
         self.loss = self.judged = None  # sums of losses: scaled since the last update, and before it
         self.floor = 0.0  # the lowest scale that the policy allows
         self.recorder = self.last = None  # halfstep.trace's, and for it the newest numbers where they are
+        self.watchers = []  # monitors: arrived() as an update's numbers arrive, in order; updated() after each; restart() as another state was loaded
         self._pending, self._newest, self._flushed, self._free, self._captured = [], None, None, [], None
         self._compiled, self._late = [], False  # optimizers that a compiled graph stepped; whether one updated the scale
         self._optimizers = weakref.WeakSet()
@@ -153,8 +154,8 @@ class History:
         """Another state was loaded: what is under way describes updates before it."""
         self._pending, self._newest, self._zero_steps, self._diagnosis, self._captured = [], None, 0, None, None
         self._compiled, self._late = [], False
-        if self.recorder is not None:
-            self.recorder.restart()
+        for looking in [*self.watchers, *([] if self.recorder is None else [self.recorder])]:
+            looking.restart()
 
     def start(self, device):
         # Not 0-d: torch 2.11 compiles writes into a 0-d FP64 tensor of the CPU away.
@@ -234,7 +235,10 @@ class History:
             if before is not None and before.event is not None:
                 self._free.append(before.host)
                 del self._free[:-16]
-            self._watch(*self._newest.numbers())
+            numbers, totals = self._newest.numbers()
+            self._watch(numbers, totals)
+            for watcher in self.watchers:
+                watcher.arrived(self.offset + int(numbers[APPLIED] + numbers[SKIPPED]), numbers, totals, self._newest)
 
     def _fetch(self):
         """Numbers that a captured graph leaves on the device are sent for when somebody asks; the next question finds them."""
@@ -257,6 +261,13 @@ class History:
 
     def _first_bad(self, totals):
         return next((names[int(row[_FIRST_BAD])] for names, row in zip(self._newest.names, totals) if row[_FIRST_BAD] >= 0), None)
+
+    def wait(self):
+        """Takes in all that is under way, once the device has it."""
+        for update in self._pending:
+            if update.event is not None:
+                update.event.synchronize()
+        self.arrive()
 
     def read(self, loaded, scale):
         """ScalerStats of the newest update that has arrived; before one, of the `loaded` state, else of a fresh scaler."""

@@ -525,7 +525,10 @@ class GradScaler(torch.amp.GradScaler):
             self._leave(moved)
         for entry in moved:
             if new_scale is None and policies.acts_on_host(entry._rule):
-                entry._act()  # last: what it raises leaves the scaler between two iterations
+                entry._act()  # what it raises leaves the scaler between two iterations
+        for entry in moved if not torch.compiler.is_compiling() else ():
+            for watcher in entry._history.watchers:
+                watcher.updated()
 
     def _advance(self, new_scale):
         self._history.close()

@@ -6,7 +6,7 @@ import platform
 import sys
 from pathlib import Path
 
-from . import _compare_cli, _tune_cli
+from . import _compare_cli, _tune_cli, _watch
 
 
 def doctor():
@@ -75,6 +75,7 @@ def main(argv=None):
     replay.add_argument("--json", metavar="FILE", help="every number of every policy")
     _compare_cli.add(commands)
     _tune_cli.add(commands)
+    _watch.add(commands)
     options = parser.parse_args(argv)
     if options.command == "simulate":
         return simulate(options)

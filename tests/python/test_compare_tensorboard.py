@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from halfstep._library import _C
 from halfstep._tensorboard import Writer, crc32c
 
 
@@ -87,6 +88,15 @@ def test_files_read_back(tmp_path):
     assert first[3] == b"brain.Event:2" and {event[1] for event in rest} == {12.5} and writer.path.name.startswith("events.out.tfevents.")
     found = scalars(writer.path)
     assert found[:3] == [(tag, step, value) for tag, step, value in written[:3]] and found[3] == ("x" * 300, 0, math.inf) and math.isnan(found[4][2])
+
+
+def test_the_writer_of_cpp_makes_the_same_bytes(tmp_path):
+    written = [("amp/loss_scale", 1, 65536.0), ("größe", 2**40, -1.5), ("x" * 300, 0, 1e60), ("low", -1, -1e60), ("nan", 7, math.nan), ("third", 3, 1 / 3), ("tiny", 300, 1e-45), ("zero", 128, -0.0)]
+    with Writer(tmp_path / "a") as writer:
+        for tag, step, value in written:
+            writer.scalar(tag, value, step, wall_time=1234.5 + step)
+    first = events(writer.path)[0][1]
+    assert writer.path.read_bytes() == _C.tensorboard_first_record(first) + b"".join(_C.tensorboard_record(tag, value, step, 1234.5 + step) for tag, step, value in written)
 
 
 def test_two_writers_in_one_folder_do_not_meet(tmp_path):

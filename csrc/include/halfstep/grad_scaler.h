@@ -60,6 +60,7 @@ struct TensorStats {
   double subnormal_share = 0;  ///< FP16-subnormal / non-zero
   int64_t nonfinite = 0;       ///< elements that are inf or NaN
   int64_t count = 0;           ///< elements
+  double scale = 1;            ///< what the gradient carried as stored
 };
 
 /// Loss scaling for LibTorch: torch.amp.GradScaler's protocol with a device-side policy.

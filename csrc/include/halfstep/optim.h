@@ -201,6 +201,8 @@ class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
 
   /// Copies of the exact weights, float32 (float64 where the weight or its master is).
   std::vector<at::Tensor> master_params();
+  /// A copy of one parameter's exact weight; undefined where it is not held here.
+  at::Tensor master_param(const at::Tensor& parameter) const;
   /// Copies of the running means, in the same order; the exact weight where a parameter has none.
   std::vector<at::Tensor> ema_params();
   /// Sets weights and masters exactly; values that do not fit are refused before anything is
