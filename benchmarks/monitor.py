@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/monitor.py [--rounds 40] [--every 50] [--out benchmarks/results/cpu.json]
 
-The same net is trained three times side by side, and of each kind of step the fastest counts: other work on the machine only ever adds time. `between`: the
+One net is trained, and of each kind of step the fastest counts: other work on the machine only ever adds time. `between`: the
 extra time of a step that is not sampled (the counters, the status file); `sample`: that of a step in which one layer runs in FP32, the mean over the layers.
 overhead = ((every - 1) * between + sample) / every over the step without a monitor.
 """
@@ -37,16 +37,32 @@ def mlp(layers, width, batch):
 CASES = {"GPT, 4 layers of width 256, 8 x 256 tokens, FP16": gpt, "4 layers of 2,048 x 2,048, FP16, batch 64": lambda: mlp(4, 2048, 64), "20 layers of 256 x 256, FP16, batch 64": lambda: mlp(20, 256, 64)}
 
 
-class Arm:
-    def __init__(self, make, folder, every):
+class Job:
+    """One net, whose steps are taken with the monitor asleep, between its samples, and at one."""
+
+    def __init__(self, make, folder):
         torch.manual_seed(0)
         self.net, self.loss = make()
         hs.cast_model(self.net)
         self.opt, self.scaler = hs.optim.AdamW(self.net.named_parameters(), lr=1e-4), hs.GradScaler()
-        self.monitor = hs.monitor(self.net, self.opt, self.scaler, every=every, live=folder / f"live{every}", tensorboard=folder / "events") if every else None
+        watch = lambda every, name: hs.monitor(self.net, self.opt, self.scaler, every=every, live=folder / name, tensorboard=folder / "events")
+        self.monitors = {"off": None, "between": watch(10**9, "a"), "sample": watch(1, "b")}
+        self.asleep()
 
-    def __call__(self):
-        """Milliseconds of one step: the process's CPU time, which other work on the machine hardly touches."""
+    def asleep(self):
+        self.scaler._history.watchers.clear()
+        for monitor in filter(None, self.monitors.values()):
+            if monitor._shadow is not None:
+                monitor._shadow.remove()
+                monitor._shadow = None
+
+    def step(self, kind):
+        """Milliseconds of one step: the process's CPU time, which other work on the machine touches less than the wall's."""
+        monitor = self.monitors[kind]
+        if monitor is not None:
+            self.scaler._history.watchers.append(monitor)
+            monitor._next = monitor._next - (kind == "sample" and monitor._ticks > 0)  # asleep() dropped the one it had hooked
+            monitor._arm()
         start = time.process_time()
         self.opt.zero_grad()
         with hs.autocast("cpu"):
@@ -54,27 +70,27 @@ class Arm:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.opt)
         self.scaler.update()
-        return 1e3 * (time.process_time() - start)
+        took = 1e3 * (time.process_time() - start)
+        self.asleep()
+        return took
 
 
 def measure(name, rounds, every):
     with tempfile.TemporaryDirectory() as folder:
-        arms = [Arm(CASES[name], Path(folder), n) for n in (0, 10**9, 1)]
-        layers = len(arms[2].monitor._layers)
-        off, between, sample = [], [], [[] for _ in range(layers)]
+        job = Job(CASES[name], Path(folder))
+        layers = len(job.monitors["sample"]._layers)
+        times = {"off": [], "between": []} | {i: [] for i in range(layers)}
         for i in range(rounds * layers + 3):
-            times = [0.0] * 3
-            for k in (0, 1, 2) if i % 2 else (2, 1, 0):
-                times[k] = arms[k]()
-            if i >= 3:
-                off.append(times[0])
-                between.append(times[1])
-                sample[i % layers].append(times[2])
-        for arm in arms[1:]:
-            arm.monitor.close()
-    step = min(off)
-    free, one = min(between) - step, statistics.mean(map(min, sample)) - step
-    return {"case": name, "step_ms": step, "between_ms": free, "sample_ms": one, "every": every, "rounds": len(off), "overhead": ((every - 1) * free + one) / every / step}
+            order = ("off", "between", "sample")
+            for kind in order if i % 2 else order[::-1]:
+                took = job.step(kind)
+                if i >= 3:
+                    times[i % layers if kind == "sample" else kind].append(took)
+        for monitor in filter(None, job.monitors.values()):
+            monitor.close()
+    step = min(times["off"])
+    free, one = min(times["between"]) - step, statistics.mean(min(times[i]) for i in range(layers)) - step
+    return {"case": name, "step_ms": step, "between_ms": free, "sample_ms": one, "every": every, "rounds": rounds, "overhead": ((every - 1) * free + one) / every / step}
 
 
 def main():

@@ -6,7 +6,7 @@ import torch
 
 from ._job import tensors
 from ._library import H
-from ._room import capturing
+from ._room import capturing, is_remainder
 from ._shares import counts, rng_state, with_rng
 from .optim import Masters, Optimizer
 
@@ -20,8 +20,9 @@ def exact_weight(optimizers, param):
             for room in optimizer._rooms:
                 at = next((i for i, p in enumerate(room.params) if p is param), None)
                 if at is not None and room.pointers[at] == param.data_ptr():
-                    kept = H.read_masters([room.raw[at]], [room.masters[at]])[0]
                     known = room.versions is not None and room.versions[at] == param._version
+                    split = is_remainder(room.masters[at], param)  # what is left beside another weight says nothing of this one
+                    kept = H.read_masters([room.raw[at]], [room.masters[at]])[0] if known or not split else None
         elif isinstance(optimizer, Masters):
             kept = next((master.detach().clone() for p, master in optimizer._pairs if p is param), kept)
     wide = torch.promote_types(param.dtype, torch.float32)

@@ -127,8 +127,8 @@ TEST_CASE("the report holds scale, skips, layers in turn and every gradient's he
     for (int i = 0; i < 6; ++i) {
       loop.step(i == 2);
       mon.step(loop.scaler);
-      mon.step(loop.scaler.stats());  // nothing new: counted once in the trajectory
     }
+    mon.step(loop.scaler.stats());  // nothing new
     mon.write_json(path);
     CHECK(has(message_of([&] { mon.write_json(folder / "none/at/all"); }), "none/at/all"));
   }
@@ -139,10 +139,7 @@ TEST_CASE("the report holds scale, skips, layers in turn and every gradient's he
   CHECK(has(report, "\"unsampled\":{}"));
   CHECK(has(report, "{\"name\":\"0.weight\",\"kind\":\"weight\",\"nonzero\":"));
   CHECK(has(report, "{\"name\":\"2.bias\",\"kind\":\"stored weight gradient\""));
-  const auto stats = loop.scaler.tensor_stats();
-  std::ostringstream bits;
-  bits << "\"headroom\":{\"name\":";
-  CHECK(has(report, bits.str()));
+  CHECK(has(report, "\"headroom\":{\"name\":\""));
   CHECK(has(text_of(live), "\"state\":\"ended\""));
   CHECK(has(text_of(live), "\"step\":6,\"scale\":128,\"skipped\":1"));
 }

@@ -379,6 +379,18 @@ def test_a_run_of_cpp_is_watched_with_the_same_files(tmp_path, capsys):
     assert set(found) >= {"amp/skipped_total", "amp/consecutive_skips", "amp/grad_norm_unscaled", "amp/headroom_bits/2.weight", "amp/underflow_share/2.weight/weight", "num-zeros"}
 
 
+@pytest.mark.parametrize("master", ["split16", "fp32"])
+def test_a_weight_that_was_edited_is_looked_at_as_it_is(master):
+    from halfstep._shadow import exact_weight
+    layer = nn.Linear(6, 3)
+    hs.cast_model(layer, cast_inputs=True)
+    optimizer = hs.optim.SGD(layer.parameters(), lr=0.1, master=master)
+    assert torch.equal(exact_weight([optimizer], layer.weight), optimizer.master_params()[0])
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+    assert torch.equal(exact_weight([optimizer], layer.weight), torch.full((3, 6), 0.5))
+
+
 def hooks(model):
     return sum(len(getattr(m, kind)) for m in model.modules() for kind in HOOKS) + sum(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
 

@@ -18,11 +18,11 @@ class Module;
 namespace halfstep {
 
 struct MonitorOptions {
-  int64_t every = 50;       ///< steps between two samples, from 1
-  std::string live;         ///< a file for `halfstep watch`, written at most once a second
-  std::string tensorboard;  ///< a folder for events
+  int64_t every = 50;            ///< steps between two samples, from 1
+  std::string live = {};         ///< a file for `halfstep watch`, written at most once a second
+  std::string tensorboard = {};  ///< a folder for events
   /// Tags of others beside ours: "megatron", "deepspeed", "fairseq".
-  std::vector<std::string> aliases;
+  std::vector<std::string> aliases = {};
 };
 
 /// Watches a training run as it runs, and changes nothing of it:
