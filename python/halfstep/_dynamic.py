@@ -15,7 +15,7 @@ from ._nonfinite import find_nonfinite
 from ._room import SIXTEEN, capturing
 from ._runstate import unseen
 from ._recording import OVERFLOW
-from ._shares import Shares, _rng, against_fp32, rng_state
+from ._shares import Shares, against_fp32, rng_state, with_rng
 from ._stats import LOSS
 from ._table import table
 from .amp import GradScaler, autocast
@@ -242,7 +242,7 @@ class DynamicPrecision:
             (value.float() * scale).backward()
 
         try:
-            with unseen(self._model), _rng(rng), torch.enable_grad():
+            with unseen(self._model), with_rng(rng), torch.enable_grad():
                 for param, _ in grads:
                     param.grad = None
                 found = find_nonfinite(self._model, run)
