@@ -201,7 +201,6 @@ class DynamicPrecision:
                 self._move(decision)
         else:
             self._recent.append((self._step, batch, rng_state()))
-            self._adopt()
             self._watch()
             if self._step % self.every == 0:
                 self._check(batch)
@@ -210,12 +209,12 @@ class DynamicPrecision:
         return self.decisions[before:]
 
     def _adopt(self):
-        """Islands that others made or took away (AccuracyGuard) are seen; those of others do not go back by themselves."""
+        """Islands that others made (AccuracyGuard) are seen; they do not go back by themselves."""
         for name in self._islands.names:
             if name not in self.layers or self.layers[name].precision != "float32":
                 self.layers[name] = LayerPrecision("float32", held=True)
 
-    # -- (a): the numbers that the scaler has anyway ---------------------------------------------------
+    # -- (a): the numbers that the scaler has anyway -----------------------------------------------
     def _watch(self):
         stats, before = self._scaler.stats(), self._scale
         if stats.step < self._updates:  # an earlier state was loaded, by a rewind or by hand
@@ -272,6 +271,7 @@ class DynamicPrecision:
 
     # -- (b), (c) and the way back: a check against FP32 ---------------------------------------------
     def _check(self, batch):
+        self._adopt()
         for name, signals in self._measure(batch).items():
             layer = self.layers[name]
             layer.signals = signals

@@ -85,33 +85,31 @@ def _each(schedulers):
             yield scheduler
 
 
-def _times(value, factor):
-    """value * factor, in place where it is a tensor: a captured step reads that very tensor."""
-    if isinstance(value, torch.Tensor):
-        return value.mul_(factor)
-    return value * factor
-
-
 @torch.no_grad()
 def lower_lr(optimizers, schedulers, factor):
     """Multiplies every learning rate by `factor`: of the groups, and what schedulers compute theirs from. Returns the new ones of all groups."""
-    schedulers = list(_each(schedulers))
-    cycles = [s for s in schedulers if isinstance(s, torch.optim.lr_scheduler.OneCycleLR)]
-    scaled = ["lr", "initial_lr"]
+    schedulers, written = list(_each(schedulers)), set()
+
+    def times(value):
+        """In place where it is a tensor, which a captured step reads and groups may share."""
+        if not isinstance(value, torch.Tensor):
+            return value * factor
+        if id(value) not in written:
+            written.add(id(value))
+            value.mul_(factor)
+        return value
+
     for optimizer in optimizers:
-        own = any(s.optimizer is optimizer for s in cycles)
+        cycles = any(isinstance(s, torch.optim.lr_scheduler.OneCycleLR) and s.optimizer is optimizer for s in schedulers)
         for group in optimizer.param_groups:
-            for key in scaled + (["max_lr", "min_lr"] if own else []):
-                if key in group:
-                    group[key] = _times(group[key], factor)
+            group.update({key: times(group[key]) for key in ("lr", "initial_lr", *(("max_lr", "min_lr") if cycles else ())) if key in group})
     for scheduler in schedulers:
         for key in ("base_lrs", "max_lrs", "min_lrs", "_last_lr"):
             if isinstance(getattr(scheduler, key, None), (list, tuple)):
                 setattr(scheduler, key, [v * factor for v in getattr(scheduler, key)])
-        if hasattr(scheduler, "eta_min"):
-            scheduler.eta_min *= factor
-        if hasattr(scheduler, "default_min_lr"):
-            scheduler.default_min_lr *= factor
+        for key in ("eta_min", "default_min_lr"):
+            if hasattr(scheduler, key):
+                setattr(scheduler, key, getattr(scheduler, key) * factor)
     return [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
 
 

@@ -244,6 +244,12 @@ def test_a_lowered_rate_stays_lowered_whatever_the_scheduler(name, tensor):
     assert lowered[6:] == pytest.approx([0.25 * lr for lr in plain[6:]], rel=1e-6)
 
 
+def test_a_rate_that_groups_share_is_lowered_once():
+    shared = torch.tensor(0.1)
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))]}, {"params": [nn.Parameter(torch.ones(1))]}], lr=shared)
+    assert lower_lr([optimizer], [], 0.5) == pytest.approx([0.05, 0.05])
+
+
 def test_skip_aware_schedulers_are_seen_through_and_forgotten_ones_refused():
     run = Run().watched()
     scheduler = hs.lr_scheduler.SkipAware(lrs.LambdaLR(run.optimizer, lambda s: 1.0), run.scaler)
