@@ -159,14 +159,6 @@ def peer():
     return run
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_job(kind):
     """The network, optimizer and scaler of tests/cpp/checkpoint_peer.cpp; the last layer stays FP32."""
     layers = [torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 24), torch.nn.ReLU(), torch.nn.Linear(24, 4)]

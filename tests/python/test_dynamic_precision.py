@@ -17,15 +17,6 @@ from halfstep._runstate import RunState
 BOTH = pytest.mark.parametrize("cast", [True, False], ids=["cast", "autocast"])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def data(n=512):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(n, 16, generator=generator)
@@ -138,7 +129,7 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*steps in a row were skipped")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*steps in a row were skipped")]
 
 
 # -- planted layers --------------------------------------------------------------------------------

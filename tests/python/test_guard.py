@@ -16,13 +16,7 @@ from halfstep._islands import Islands
 from halfstep._runstate import RunState, lower_lr
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def net(dropout=0.0):

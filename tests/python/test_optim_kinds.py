@@ -280,14 +280,6 @@ def train(make, dtype, seed, steps, x, y, model=None):
         return float(torch.nn.functional.cross_entropy(exact(x), y))
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_masters_on_digits(dtype, one_thread):
     """64-64-10, SGD momentum 0.9: narrow masters end within 0.001 of FP32 training, stochastic rounding within 0.005; without either it lags."""

@@ -53,16 +53,7 @@ def make(arm, seed):
     return hs.Job(model, optimizer, batches, lambda m, b: nn.functional.cross_entropy(m(b[0]).float(), b[1]), evaluate, epochs=6)
 '''
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*steps in a row were skipped", "ignore:all gradients were exactly zero")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*steps in a row were skipped", "ignore:all gradients were exactly zero")]
 
 
 @pytest.fixture
