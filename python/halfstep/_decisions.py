@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ._file import replacing
+from ._schema import load
 
 VERSION = 1
 
@@ -29,11 +30,9 @@ def read(path, format, fields, argument):
     """The log in a file; a ValueError that names the file where it is none. `fields`: {key: type} that it must have."""
     path = os.fspath(path)
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{argument}: {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{argument}: {path} is not JSON: {error}") from None
+        data = load(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: {error}") from None
     if not isinstance(data, dict) or data.get("format") != format:
         raise ValueError(f"{argument}: {path} is not a {format} file")
     if data.get("version") != VERSION:
@@ -68,6 +67,15 @@ def check_path(log, replay, caller):
     if replay is not None and path.exists() and Path(replay).exists() and path.samefile(replay):
         raise ValueError(f"{caller}: log and replay are both {path}; a replay that ended early would leave less of it")
     return path
+
+
+def check_state(state_dict, keys, caller):
+    """A state_dict of format 1 with these keys."""
+    missing = [key for key in ("format", *keys) if key not in state_dict]
+    if missing:
+        raise ValueError(f"{caller} state has no {missing[0]!r} (keys: {', '.join(map(str, state_dict))})")
+    if state_dict["format"] != 1:
+        raise ValueError(f"{caller} state has format {state_dict['format']!r}; this halfstep reads format 1")
 
 
 def check_decisions(decisions, fields, where):

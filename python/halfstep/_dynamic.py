@@ -377,11 +377,7 @@ class DynamicPrecision:
 
     def load_state_dict(self, state_dict):
         """Goes on where state_dict() was taken; model, optimizers and scaler are loaded before."""
-        missing = [key for key in ("format", "step", "layers", "decisions") if key not in state_dict]
-        if missing:
-            raise ValueError(f"DynamicPrecision state has no {missing[0]!r} (keys: {', '.join(map(str, state_dict))})")
-        if state_dict["format"] != 1:
-            raise ValueError(f"DynamicPrecision state has format {state_dict['format']!r}; this halfstep reads format 1")
+        _decisions.check_state(state_dict, ("step", "layers", "decisions"), "DynamicPrecision")
         known = dict(self._model.named_modules())
         stray = [name for name in state_dict["layers"] if name not in known]
         if stray:

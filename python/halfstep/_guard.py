@@ -342,11 +342,7 @@ class AccuracyGuard:
 
     def load_state_dict(self, state_dict):
         """Goes on where state_dict() was taken; model, optimizers and scaler are loaded before."""
-        missing = [key for key in ("format", "step", "rung", "best", "stopped", "islands", "checks", "decisions") if key not in state_dict]
-        if missing:
-            raise ValueError(f"AccuracyGuard state has no {missing[0]!r} (keys: {', '.join(map(str, state_dict))})")
-        if state_dict["format"] != 1:
-            raise ValueError(f"AccuracyGuard state has format {state_dict['format']!r}; this halfstep reads format 1")
+        _decisions.check_state(state_dict, ("step", "rung", "best", "stopped", "islands", "checks", "decisions"), "AccuracyGuard")
         known = dict(self._model.named_modules())
         stray = [name for name in state_dict["islands"] if name not in known]
         if stray:

@@ -15,6 +15,7 @@ import weakref
 import torch
 
 from . import _monitor_schema, _report, _report_events
+from ._decisions import whole
 from ._file import replacing
 from ._recording import number
 from ._room import capturing, names_of, warn
@@ -368,8 +369,7 @@ def monitor(model, optimizers, scaler=None, every=50, *, layers=None, live=None,
         raise ValueError(f"monitor: the GradScaler has losses={scaler.losses}; a monitor shows the scale of one")
     if not optimizers and (scaler is None or not scaler.is_enabled()):
         raise ValueError("monitor: neither optimizers nor an enabled scaler, so that no step can be noticed")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"monitor: every is {every!r}; expected a whole number from 1")
+    whole("every", every, "monitor")
     aliases = [aliases] if isinstance(aliases, str) else list(aliases)
     unknown = [a for a in aliases if a not in ALIASES]
     if unknown:

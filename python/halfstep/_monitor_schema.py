@@ -1,10 +1,8 @@
 """The files of a monitor, its report and its live status, checked when they are read (docs/monitor.md). Without torch: `halfstep watch` starts at once."""
 
-import json
 import math
-from pathlib import Path
 
-from ._schema import _check, _check_nested, _check_numbers, _NUMBER, _rows
+from ._schema import _check, _check_nested, _check_numbers, _NUMBER, _rows, load
 
 FORMAT, VERSION = "halfstep-monitor", 1
 STATES = ("running", "ended", "failed")
@@ -46,13 +44,7 @@ def validate(data, where="monitor file"):
 
 def read(path):
     """The report or status in a file; OSError or ValueError, each with the path, where there is none."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OSError(f"{path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return validate(data, str(path))
+    return validate(load(path), str(path))
 
 
 def scale_text(scale):

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from ._shares import _set_rng, rng_state
+from ._shares import rng_state, set_rng_state
 from .optim import Masters, Optimizer
 
 
@@ -16,7 +16,7 @@ def _random_numbers():
 
 
 def _set_random_numbers(state):
-    _set_rng(state[0])
+    set_rng_state(state[0])
     random.setstate(state[1])
     if state[2] is not None:
         sys.modules["numpy"].random.set_state(state[2])

@@ -89,18 +89,18 @@ def _leaves(model):
 def with_rng(state):
     """Inside, random numbers are those from `state` on (of rng_state()); after it, as if none had been drawn."""
     now = rng_state()
-    _set_rng(state)
+    set_rng_state(state)
     try:
         yield
     finally:
-        _set_rng(now)
+        set_rng_state(now)
 
 
 def rng_state():
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
 
 
-def _set_rng(state):
+def set_rng_state(state):
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state_all(state[1])
