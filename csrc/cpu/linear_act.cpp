@@ -1,21 +1,19 @@
 // The ops linear, linear_forward, linear_backward and linear_wgrad_ on the CPU.
 //
-//   wide    FP32 products of tiles of rows: 16-bit operands are widened tile by tile, the product
-//           stays in the cache, and the epilogue (isa/linear.cpp) reads it there and rounds once.
-//           In the backward dz is never rounded at all, and both products use the same copy of it.
-//   narrow  16-bit products by oneDNN, where the CPU has the unit and one rounding is still all
-//   there
-//           is: no activation, ReLU (which commutes with rounding), and bfloat16, whose unit is
-//           four times quicker than FP32: there GELU sees h rounded to bfloat16, as it does in
-//           torch. In the backward dz is rounded once, before its products.
+//   wide    FP32 products of tiles of rows (product.h): the product stays in the cache, and the
+//           epilogue (isa/linear.cpp) reads it there and rounds once. In the backward dz stays in
+//           FP32, and both products use the same copy of it.
+//   narrow  16-bit products by oneDNN, where the CPU has the unit, FP16 has not the quicker matrix
+//           unit of product.h, and one rounding is still all there is: no activation, ReLU (which
+//           commutes with rounding), and bfloat16, whose unit is four times quicker than FP32:
+//           there GELU sees h rounded to bfloat16, as it does in torch. In the backward dz is
+//           rounded once, before its products.
 //   Tests: tests/python/test_linear.py.
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -25,7 +23,7 @@
 #include "../ops/overrides.h"
 #include "isa/kernels.h"
 #include "isa/linear.h"
-#include "wide.h"
+#include "product.h"
 
 namespace halfstep::cpu {
 
@@ -39,6 +37,9 @@ using ops::OptionalTensor;
 Rows rows_of(const at::Tensor& matrix) {
   return {matrix.data_ptr(), matrix.stride(0) * int64_t(matrix.element_size()),
           matrix.scalar_type() == at::kByte ? Dtype::kF32 : ops::dtype_code(matrix.scalar_type())};
+}
+Rows rows_of(const TileResult& r) {
+  return {r.data, r.stride * int64_t(sizeof(float)), Dtype::kF32};
 }
 /// The same with row 0 moved, so that row `first` is where row 0 was.
 Rows starting_at(Rows rows, int64_t first) {
@@ -57,18 +58,6 @@ void run_rows(const Kernel& kernel, const Work& work, int64_t begin, int64_t end
   });
 }
 
-/// Operands in the compute type: 16-bit ones as copies in memory that is used for one tile after
-/// another, others as they are.
-class Operand {
- public:
-  Operand(const at::Tensor& like, int64_t numel) {
-    if (ops::is_sixteen(like.scalar_type())) wide_.emplace(numel);
-  }
-  at::Tensor operator()(const at::Tensor& piece) const { return wide_ ? (*wide_)(piece) : piece; }
-
- private:
-  std::optional<Wide> wide_;
-};
 /// Memory for results in the compute type.
 class Room {
  public:
@@ -115,34 +104,60 @@ Rows columns_from(Rows rows, int64_t column, int64_t element_size) {
   return rows;
 }
 
+/// What becomes of columns from `column` on.
+LinearForward forward_work(int64_t column, int64_t columns, LinearActivation activation,
+                           const at::Tensor& y, const at::Tensor& saved, const void* bias) {
+  LinearForward work;
+  work.columns = columns;
+  work.activation = activation;
+  work.bias = bias;
+  work.y = columns_from(rows_of(y), column, int64_t(y.element_size()));
+  if (saved.numel() != 0)
+    work.saved = saved.scalar_type() == at::kByte
+                     ? columns_from(rows_of(saved), column / 8, 1)
+                     : columns_from(rows_of(saved), column, int64_t(saved.element_size()));
+  return work;
+}
+
 void forward_wide(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                  LinearActivation activation, const at::Tensor& y, const at::Tensor& saved) {
+                  LinearActivation activation, const at::Tensor& y, const at::Tensor& saved,
+                  bool use_tiles) {
   const int64_t m = x.size(0), k = x.size(1), n = weight.size(0);
   const Tile tile = tile_of(m, n, k);
-  const Operand wide_weight(weight, tile.columns * k), wide_x(x, tile.rows * k);
-  const Room room(x, tile.rows * tile.columns);
   at::Tensor wide_bias;
   if (bias) wide_bias = bias->to(ops::wide_type(x)).contiguous();
+  const auto bias_from = [&](int64_t column) -> const void* {
+    if (!bias) return nullptr;
+    return static_cast<char*>(wide_bias.data_ptr()) + column * wide_bias.element_size();
+  };
+  std::optional<Room> room;
+  if (!use_tiles) room.emplace(x, tile.rows * tile.columns);
   for (int64_t j = 0; j < n; j += tile.columns) {
     const int64_t columns = std::min(tile.columns, n - j);
-    const at::Tensor b = wide_weight(weight.narrow(0, j, columns)).t();
-    LinearForward work;
-    work.columns = columns;
-    work.activation = activation;
-    work.y = columns_from(rows_of(y), j, int64_t(y.element_size()));
-    if (bias) work.bias = static_cast<char*>(wide_bias.data_ptr()) + j * wide_bias.element_size();
-    if (saved.numel() != 0)
-      work.saved = saved.scalar_type() == at::kByte
-                       ? columns_from(rows_of(saved), j / 8, 1)
-                       : columns_from(rows_of(saved), j, int64_t(saved.element_size()));
+    const Right right(weight.narrow(0, j, columns).t(), tile.rows, use_tiles);
+    if (use_tiles) {
+      right.multiply(x, [&](const TileResult& r) {
+        const int64_t column = j + r.column;
+        auto work = forward_work(column, r.columns, activation, y, saved, bias_from(column));
+        work.product = starting_at(rows_of(r), r.row);
+        kernels().linear->forward(work, r.row, r.row + r.rows);
+      });
+      continue;
+    }
+    auto work = forward_work(j, columns, activation, y, saved, bias_from(j));
     for (int64_t i = 0; i < m; i += tile.rows) {
       const int64_t rows = std::min(tile.rows, m - i);
-      at::Tensor product = room.shaped(rows, columns);
-      at::cpu::mm_out(product, wide_x(x.narrow(0, i, rows)), b);
+      at::Tensor product = room->shaped(rows, columns);
+      right.multiply(product, x.narrow(0, i, rows));
       work.product = starting_at(rows_of(product), i);
       run_rows(kernels().linear->forward, work, i, i + rows);
     }
   }
+}
+
+/// Whether the products of an FP16 x [m, k] with a weight are for the matrix unit.
+bool takes_tiles(const at::Tensor& x, const at::Tensor& weight) {
+  return x.scalar_type() == at::kHalf && in_tiles(x.size(0), weight.size(0), weight.size(1));
 }
 
 bool is_narrow(const at::Tensor& x, LinearActivation activation) {
@@ -157,11 +172,13 @@ Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTen
   Forward out;
   out.saved = ops::empty_saved(x, weight, saves ? activation : LinearActivation::kNone);
   const bool is_plain = activation == LinearActivation::kNone && same_bias;
-  if (is_plain && (!ops::is_sixteen(x.scalar_type()) || is_narrow(x, activation))) {
+  const at::Tensor rows = ops::as_rows(x);
+  const bool use_tiles = takes_tiles(rows, weight) && all_finite(rows) && all_finite(weight);
+  if (is_plain && !use_tiles && (!ops::is_sixteen(x.scalar_type()) || is_narrow(x, activation))) {
     out.y = at::linear(x, weight, bias).contiguous();
     return out;
   }
-  if (same_bias && is_narrow(x, activation)) {
+  if (same_bias && !use_tiles && is_narrow(x, activation)) {
     const at::Tensor product = ops::as_rows(at::linear(x, weight, bias)).contiguous();
     LinearForward work;
     work.product = rows_of(product);
@@ -179,7 +196,7 @@ Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTen
   }
   out.y = ops::empty_output(x, weight);
   if (out.y.numel() != 0)
-    forward_wide(ops::as_rows(x), weight, bias, activation, ops::as_rows(out.y), out.saved);
+    forward_wide(rows, weight, bias, activation, ops::as_rows(out.y), out.saved, use_tiles);
   return out;
 }
 
@@ -229,28 +246,18 @@ void finish_bias(const Backward& b) {
   });
 }
 
-/// dw (+)= dz^T x over the rows of a tile.
-void add_wgrad(at::Tensor& dw, const at::Tensor& dz, const at::Tensor& x, bool first) {
-  if (first)
-    at::cpu::mm_out(dw, dz.t(), x);
-  else
-    at::cpu::addmm_(dw, dz.t(), x);
-}
-
-void backward_wide(const Backward& b) {
+void backward_wide(const Backward& b, bool use_tiles) {
   const int64_t m = b.rows(), n = b.columns(), k = b.x.size(1);
   const int64_t most = std::max<int64_t>(kPiece / 2 / std::max<int64_t>({n, k, 1}), 512);
   const int64_t tile =
       (even_part(m, most) + math::kBiasRows - 1) / math::kBiasRows * math::kBiasRows;
   const Room dz_room(b.x, tile * n);
-  const Operand wide_x(b.x, tile * k);
-  std::optional<Operand> wide_weight;
+  std::optional<Right> weight;
   std::optional<Room> dx_room;
-  at::Tensor weight, dw = b.dw;
+  at::Tensor dw = b.dw;
   if (b.dx.defined()) {
-    wide_weight.emplace(b.weight, n * k);
-    weight = (*wide_weight)(b.weight);
-    if (ops::is_sixteen(b.x.scalar_type())) dx_room.emplace(b.x, tile * k);
+    weight.emplace(b.weight, 0, use_tiles);
+    if (ops::is_sixteen(b.x.scalar_type()) && !use_tiles) dx_room.emplace(b.x, tile * k);
   }
   if (dw.defined() && dw.scalar_type() != ops::wide_type(b.x))
     dw = at::empty({n, k}, b.x.options().dtype(ops::wide_type(b.x)));
@@ -262,11 +269,15 @@ void backward_wide(const Backward& b) {
     run_rows(kernels().linear->backward, work, i, i + rows);
     if (b.dx.defined()) {
       at::Tensor target = b.dx.narrow(0, i, rows);
-      at::Tensor product = dx_room ? dx_room->shaped(rows, k) : target;
-      at::cpu::mm_out(product, dz, weight);
-      if (dx_room) target.copy_(product);
+      if (use_tiles) {
+        weight->multiply(dz, [&](const TileResult& r) { round_to(r, target); });
+      } else {
+        at::Tensor product = dx_room ? dx_room->shaped(rows, k) : target;
+        weight->multiply(product, dz);
+        if (dx_room) target.copy_(product);
+      }
     }
-    if (dw.defined()) add_wgrad(dw, dz, wide_x(b.x.narrow(0, i, rows)), i == 0);
+    if (dw.defined()) Right(b.x.narrow(0, i, rows), 0, use_tiles).multiply(dw, dz.t(), i != 0);
   }
   if (dw.defined() && !dw.is_same(b.dw)) b.dw.copy_(dw);
 }
@@ -276,10 +287,12 @@ void wgrad(at::Tensor& into, const at::Tensor& dz, const at::Tensor& x, bool fre
   const int64_t m = dz.size(0), n = dz.size(1), k = x.size(1);
   const int64_t tile =
       even_part(m, std::max<int64_t>(kPiece / 2 / std::max<int64_t>({n, k, 1}), 512));
-  const Operand wide_dz(dz, tile * n), wide_x(x, tile * k);
+  const bool use_tiles = x.scalar_type() == at::kHalf && in_tiles(n, k, std::min(tile, m)) &&
+                         all_finite(dz) && all_finite(x);
   for (int64_t i = 0; i < m; i += tile) {
     const int64_t rows = std::min(tile, m - i);
-    add_wgrad(into, wide_dz(dz.narrow(0, i, rows)), wide_x(x.narrow(0, i, rows)), fresh && i == 0);
+    Right(x.narrow(0, i, rows), n, use_tiles)
+        .multiply(into, dz.narrow(0, i, rows).t(), !(fresh && i == 0));
   }
 }
 
@@ -332,9 +345,12 @@ Gradients linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::T
     const int64_t blocks = (b.rows() + math::kBiasRows - 1) / math::kBiasRows;
     b.sums = at::empty({blocks, b.columns()}, x.options().dtype(ops::wide_type(x)));
   }
-  const bool narrow = ops::is_sixteen(x.scalar_type()) &&
-                      (ops::has_unit(x.scalar_type()) || weight.numel() > kLargestWideWeight);
-  narrow ? backward_narrow(b) : backward_wide(b);
+  const bool large = weight.numel() > kLargestWideWeight;
+  const bool use_tiles = !large && takes_tiles(b.x, weight) && all_finite(b.dy) &&
+                         all_finite(b.x) && all_finite(weight);
+  const bool narrow =
+      ops::is_sixteen(x.scalar_type()) && !use_tiles && (ops::has_unit(x.scalar_type()) || large);
+  narrow ? backward_narrow(b) : backward_wide(b, use_tiles);
   finish_bias(b);
   return gradients;
 }

@@ -1,24 +1,22 @@
 // Cross entropy of a linear layer in chunks of rows (csrc/ops/linear_loss.cpp).
 //
 //   A chunk's logits lie in one buffer of kLogits FP32 numbers, or 256 rows of more: it holds the
-//   logits, then their gradient in place. 16-bit inputs are widened in pieces of weight rows that
-//   stay in the cache, so that products, logits and sums are FP32: as quick here as 16-bit products
-//   (docs/overrides.md), and free of the logits' rounding. The gradient of weight is summed over
-//   chunks in FP32; each chunk reads and writes all of it, which is why chunks are not smaller.
-//   Products are torch's FP32 (FP64) ones. Tests: tests/python/test_linear_loss.py.
+//   logits, then their gradient in place. Products are FP32 (product.h), in pieces of weight rows
+//   that stay in the cache, so that logits and sums are free of the logits' rounding. The gradient
+//   of weight is summed over chunks in FP32; each chunk reads and writes all of it, which is why
+//   chunks are not smaller. Tests: tests/python/test_linear_loss.py.
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <array>
+#include <optional>
 
 #include "loss.h"
-#include "wide.h"
+#include "product.h"
 
 namespace halfstep::cpu {
 
@@ -49,7 +47,9 @@ class Chunks {
         rows_of_chunk_(even_part(rows_, std::max(kLogits / classes_, kLeastRows))),
         classes_of_piece_(widens_ ? even_part(classes_, kPiece / std::max<int64_t>(x.size(1), 1))
                                   : classes_),
-        wide_weight_(widens_ ? classes_of_piece_ * x.size(1) : 0) {
+        use_tiles_(x.scalar_type() == at::kHalf &&
+                   in_tiles(rows_of_chunk_, classes_of_piece_, x.size(1)) && all_finite(x) &&
+                   all_finite(weight)) {
     const auto options = x.options().dtype(type_);
     if (bias) bias_ = bias->to(type_);
     logits_ = fresh({rows_of_chunk_, classes_}, options);
@@ -64,7 +64,8 @@ class Chunks {
   void run(const Factor& factor, const GradX& grad_x) {
     for (int64_t first = 0; first < rows_; first += rows_of_chunk_) {
       const int64_t count = std::min(rows_of_chunk_, rows_ - first);
-      const at::Tensor x = x_.narrow(0, first, count).to(type_);
+      at::Tensor x = x_.narrow(0, first, count);
+      if (!use_tiles_) x = x.to(type_);
       at::Tensor logits = logits_.narrow(0, 0, count);
       form_logits(x, logits);
       form_losses(first, logits, factor);
@@ -76,23 +77,20 @@ class Chunks {
   at::Tensor losses, grad_weight, grad_bias;
 
  private:
-  /// body(first class, count, their weights in FP32) for each piece.
+  /// body(first class, count, their weights) for each piece.
   template <class Body>
   void for_pieces(const Body& body) {
     for (int64_t c = 0; c < classes_; c += classes_of_piece_) {
       const int64_t count = std::min(classes_of_piece_, classes_ - c);
-      const at::Tensor piece = weight_.narrow(0, c, count);
-      body(c, count, widens_ ? wide_weight_(piece) : piece);
+      body(c, count, weight_.narrow(0, c, count));
     }
   }
 
   void form_logits(const at::Tensor& x, const at::Tensor& logits) {
     for_pieces([&](int64_t c, int64_t count, const at::Tensor& weight) {
       at::Tensor out = logits.narrow(1, c, count);
-      if (bias_.defined())
-        at::cpu::addmm_out(out, bias_.narrow(0, c, count), x, weight.t());
-      else
-        at::cpu::mm_out(out, x, weight.t());
+      if (bias_.defined()) out.copy_(bias_.narrow(0, c, count).expand_as(out));
+      Right(weight.t(), 0, use_tiles_).multiply(out, x, bias_.defined());
     });
   }
 
@@ -120,19 +118,15 @@ class Chunks {
   void form_grads(int64_t first, const at::Tensor& x, const at::Tensor& logits,
                   const GradX& grad_x) {
     at::Tensor dx;
-    if (wants_[0]) dx = at::empty(x.sizes(), x.options());
+    if (wants_[0]) dx = at::empty(x.sizes(), x.options().dtype(type_));
+    std::optional<Right> right;
+    if (wants_[1]) right.emplace(x, 0, use_tiles_);
     for_pieces([&](int64_t c, int64_t count, const at::Tensor& weight) {
       const at::Tensor grad = logits.narrow(1, c, count);
-      if (wants_[0] && c == 0)
-        at::cpu::mm_out(dx, grad, weight);
-      else if (wants_[0])
-        at::cpu::addmm_(dx, grad, weight);
+      if (wants_[0]) Right(weight, 0, use_tiles_).multiply(dx, grad, c != 0);
       if (!wants_[1]) return;
       at::Tensor dw = grad_weight.narrow(0, c, count);
-      if (first == 0)
-        at::cpu::mm_out(dw, grad.t(), x);
-      else
-        at::cpu::addmm_(dw, grad.t(), x);
+      right->multiply(dw, grad.t(), first != 0);
     });
     if (wants_[0]) grad_x(first, dx);
   }
@@ -144,7 +138,7 @@ class Chunks {
   const at::ScalarType type_;
   const bool widens_;
   const int64_t rows_, classes_, rows_of_chunk_, classes_of_piece_;
-  const Wide wide_weight_;
+  const bool use_tiles_;
   at::Tensor bias_, logits_;
 };
 

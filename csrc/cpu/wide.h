@@ -55,6 +55,7 @@ class Wide {
   Wide(const Wide&) = delete;
   Wide& operator=(const Wide&) = delete;
 
+  void* data() const { return memory_.get(); }
   /// Contiguous memory of that shape.
   at::Tensor shaped(at::IntArrayRef sizes) const;
   /// The piece in FP32, its dimensions in the same order in memory.

@@ -1,7 +1,12 @@
 #include "overrides.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/cpu/Utils.h>
 #include <strings.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -28,19 +33,54 @@ bool supported(const char* op) {
   return handle && handle->typed<bool()>().call();
 }
 
+/// The limit that oneDNN keeps to; null without one.
+const char* isa_limit() {
+  const char* limit = std::getenv("ONEDNN_MAX_CPU_ISA");
+  if (!limit) limit = std::getenv("DNNL_MAX_CPU_ISA");
+  const bool none = !limit || !strcasecmp(limit, "ALL") || !strcasecmp(limit, "DEFAULT");
+  return none ? nullptr : limit;
+}
+
 /// oneDNN calls BF16 supported from AVX512_CORE on, but without the BF16 instructions it computes
 /// products four times slower than in FP32.
 bool emulates_bfloat() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512bw") && !__builtin_cpu_supports("avx512bf16")) return true;
-  const char* limit = std::getenv("ONEDNN_MAX_CPU_ISA");
-  if (!limit) limit = std::getenv("DNNL_MAX_CPU_ISA");
+  const char* limit = isa_limit();
   return limit && (!strcasecmp(limit, "AVX512_CORE") || !strcasecmp(limit, "AVX512_CORE_VNNI"));
 #else
   return false;
 #endif
 }
+
+/// Intel AMX, and what it multiplies.
+struct MatrixUnit {
+  bool bfloat = false, half = false;
+  MatrixUnit() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__builtin_cpu_supports("avx512bw") || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx))
+      return;
+    const bool tiles = edx >> 24 & 1, products = edx >> 22 & 1;
+    if (!tiles || !__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return;
+    bfloat = products && (eax >> 5 & 1);  // with the instructions that round to BF16
+    half = eax >> 21 & 1;
+#endif
+  }
+  static bool allowed() {
+    const auto is = [](const char* variable, const char* value) {
+      const char* set = std::getenv(variable);
+      return set && !std::strcmp(set, value);
+    };
+    if (is("HALFSTEP_TILES", "0") || is("ATEN_CPU_CAPABILITY", "default") ||
+        is("ATEN_CPU_CAPABILITY", "avx2"))
+      return false;
+    const char* limit = isa_limit();
+    return !limit || strcasestr(limit, "AMX");
+  }
+};
 
 bool has_half_unit() {
   static const bool has = supported("mkldnn::_is_mkldnn_fp16_supported");
@@ -62,7 +102,10 @@ std::string cpu_path() {
     return std::string(name) + " products and attention: " + path(ops::widens_products(type)) +
            ", convolution and backward of attention: " + path(ops::widens_convolution(type));
   };
-  return line("float16", c10::kHalf) + "; " + line("bfloat16", c10::kBFloat16);
+  const char* unit = ops::prefers_matrix_unit(c10::kHalf)
+                         ? "; large float16 products: exact, on the BF16 matrix unit"
+                         : "";
+  return line("float16", c10::kHalf) + "; " + line("bfloat16", c10::kBFloat16) + unit;
 }
 
 namespace ops {
@@ -70,6 +113,16 @@ namespace ops {
 bool has_unit(c10::ScalarType type) {
   if (type == c10::kHalf) return has_half_unit();
   return type != c10::kBFloat16 || has_bfloat_unit();
+}
+
+bool has_matrix_unit() {
+  static const bool has = MatrixUnit().bfloat && MatrixUnit::allowed() && at::cpu::init_amx();
+  return has;
+}
+
+bool prefers_matrix_unit(c10::ScalarType type) {
+  static const bool has_own = MatrixUnit().half;
+  return type == c10::kHalf && has_matrix_unit() && !has_own && overrides_enabled();
 }
 
 bool widens_products(c10::ScalarType type) { return overrides_enabled() && !has_unit(type); }

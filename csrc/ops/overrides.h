@@ -8,6 +8,12 @@ namespace halfstep::ops {
 
 /// Whether this CPU has a unit for products of `type`, as oneDNN sees it; FP32 and FP64: true.
 bool has_unit(c10::ScalarType type);
+/// Whether FP16 products can go to a matrix unit for BF16 (csrc/cpu/tiles/tiles.h).
+/// ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY and HALFSTEP_TILES=0 hide it.
+bool has_matrix_unit();
+/// Whether torch's own products of `type` go there: FP16, unless the CPU has a matrix unit for FP16
+/// too, which torch uses. False while the overrides are off.
+bool prefers_matrix_unit(c10::ScalarType type);
 /// True where `type` products are to be computed in FP32 and rounded once: this CPU has no unit for
 /// it (as oneDNN sees it, ONEDNN_MAX_CPU_ISA included), and the overrides are on.
 bool widens_products(c10::ScalarType type);

@@ -1,15 +1,8 @@
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[2]
-try:
-    import halfstep  # noqa: F401
-except ModuleNotFoundError:
-    sys.path.insert(0, str(ROOT / "python"))
 
 # HALFSTEP_TEST_DEVICE=cpu runs the very same tests on the CPU, which shows that the tests themselves are right.
 DEVICE = os.environ.get("HALFSTEP_TEST_DEVICE", "cuda")

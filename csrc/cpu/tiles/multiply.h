@@ -1,0 +1,126 @@
+#pragma once
+
+// c (+)= a b by the kernels of tiles.h: packing, blocking, edges. `parallel(count, body(begin,
+// end))` divides [0, count) over threads.
+//
+//   b is packed once, in panels of kDepth of the inner dimension: a group of panels is 1 MiB, half
+//   of the second cache of the CPUs that have the unit, and is used for all strips of a that a
+//   thread has. c is read and written once for each kDepth. An element's order of summation depends
+//   on the inner dimension alone.
+
+#include <algorithm>
+#include <cstring>
+
+#include "tiles.h"
+
+namespace halfstep::cpu {
+
+constexpr int64_t kDepth = 512;
+constexpr int64_t kGroup = 16;  // panels of b
+constexpr int64_t kPart = 8;    // strips of a
+/// Rows of scratch memory are not a power of two apart, or 32 of them would share two sets of a
+/// cache.
+constexpr int64_t kScratchStride = kGroup * kBlock + 16;
+constexpr int64_t kScratch = kPart * kBlock * kScratchStride;  // FP32 numbers
+
+constexpr int64_t blocks_of(int64_t count) { return (count + kBlock - 1) / kBlock; }
+/// Bytes of a packed operand.
+constexpr int64_t packed_bytes(int64_t lines, int64_t inner) {
+  return blocks_of(lines) * blocks_of(inner) * kBlockBytes;
+}
+
+/// c [m, n] in FP32, its rows contiguous, c_stride elements apart; without c the results live in
+/// scratch memory until they are taken.
+struct TileProduct {
+  int64_t m, n, k;
+  TileMatrix a, b;
+  float* c = nullptr;
+  int64_t c_stride = 0;
+  bool add = false;
+};
+
+/// Rows x columns of the result from (row, column) on, rows `stride` numbers apart.
+struct TileResult {
+  int64_t row, rows, column, columns;
+  float* data;
+  int64_t stride;
+};
+
+/// The panels of one depth lie together.
+inline char* panel_of(char* packed, int64_t n, int64_t k, int64_t panel, int64_t inner) {
+  const int64_t blocks = blocks_of(std::min(kDepth, k - inner));
+  return packed + (blocks_of(n) * (inner / kBlock) + panel * blocks) * kBlockBytes;
+}
+
+template <class Parallel>
+void pack_b(const TileKernels& kernels, const TileMatrix& b, int64_t n, int64_t k, char* packed,
+            const Parallel& parallel) {
+  const int64_t panels = blocks_of(n), depths = (k + kDepth - 1) / kDepth;
+  parallel(panels * depths, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = i % panels, inner = i / panels * kDepth, line = panel * kBlock;
+      kernels.pack(b, line, std::min(kBlock, n - line), inner, std::min(kDepth, k - inner), true,
+                   panel_of(packed, n, k, panel, inner));
+    }
+  });
+}
+
+/// One 32 x 32 block of c, of which rows x columns are there.
+inline void multiply_edge(const TileKernels& kernels, const char* a, const char* b, int64_t blocks,
+                          bool exact, float* c, int64_t c_stride, bool add, int64_t rows,
+                          int64_t columns) {
+  alignas(64) float whole[kBlock * kBlock] = {};
+  const size_t bytes = size_t(columns) * sizeof(float);
+  if (add)
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(whole + r * kBlock, c + r * c_stride, bytes);
+  kernels.multiply(a, b, blocks, exact, whole, kBlock, add);
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(c + r * c_stride, whole + r * kBlock, bytes);
+}
+
+/// `packed`: b, by pack_b. scratch(): kScratch numbers of the calling thread's, aligned to 64
+/// bytes. take(TileResult) is called once for each piece of a result without c, by the thread that
+/// has it.
+template <class Parallel, class Scratch, class Take>
+void multiply_packed(const TileKernels& kernels, const TileProduct& p, char* packed,
+                     const Parallel& parallel, const Scratch& scratch, const Take& take) {
+  const bool exact = p.a.half && p.b.half;
+  const int64_t strips = blocks_of(p.m), panels = blocks_of(p.n);
+  const int64_t groups = (panels + kGroup - 1) / kGroup, parts = (strips + kPart - 1) / kPart;
+  parallel(groups * parts, [&](int64_t begin, int64_t end) {
+    alignas(64) char a[kDepth / kBlock * kBlockBytes];
+    kernels.enter();
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first_panel = task / parts * kGroup, part = task % parts;
+      const int64_t last_panel = std::min(panels, first_panel + kGroup);
+      const int64_t first_strip = strips * part / parts;
+      const int64_t last_strip = strips * (part + 1) / parts;
+      const int64_t row = first_strip * kBlock, column = first_panel * kBlock;
+      float* const base = p.c ? p.c + row * p.c_stride + column : scratch();
+      const int64_t stride = p.c ? p.c_stride : kScratchStride;
+      for (int64_t inner = 0; inner < p.k; inner += kDepth) {
+        const int64_t depth = std::min(kDepth, p.k - inner), blocks = blocks_of(depth);
+        const bool add = p.add || inner > 0;
+        for (int64_t s = first_strip; s < last_strip; ++s) {
+          const int64_t rows = std::min(kBlock, p.m - s * kBlock);
+          kernels.pack(p.a, s * kBlock, rows, inner, depth, false, a);
+          for (int64_t j = first_panel; j < last_panel; ++j) {
+            const int64_t columns = std::min(kBlock, p.n - j * kBlock);
+            const char* const b = panel_of(packed, p.n, p.k, j, inner);
+            float* const c =
+                base + (s - first_strip) * kBlock * stride + (j - first_panel) * kBlock;
+            if (!p.c || (rows == kBlock && columns == kBlock))
+              kernels.multiply(a, b, blocks, exact, c, stride, add);
+            else
+              multiply_edge(kernels, a, b, blocks, exact, c, stride, add, rows, columns);
+          }
+        }
+      }
+      if (!p.c)
+        take(TileResult{row, std::min(p.m, last_strip * kBlock) - row, column,
+                        std::min(p.n, last_panel * kBlock) - column, base, stride});
+    }
+    kernels.leave();
+  });
+}
+
+}  // namespace halfstep::cpu

@@ -1,0 +1,227 @@
+// Products on the matrix unit (csrc/cpu/tiles): blocking, packing and edges against FP64, by a twin
+// of the kernels in plain C++, which runs anywhere, and by the instructions themselves where they
+// are.
+
+#include <halfstep/overrides.h>
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "catch.h"
+#include "cpu/tiles/multiply.h"
+#include "math/half.h"
+
+using namespace halfstep::cpu;
+
+namespace {
+
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+uint16_t to_bfloat(float x) {
+  const uint32_t bits = bits_of(x);
+  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+float of_bfloat(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+float element(const TileMatrix& m, int64_t line, int64_t inner) {
+  const int64_t at = line * m.line_stride + inner * m.inner_stride;
+  return m.half ? halfstep::math::half_to_float(static_cast<const uint16_t*>(m.data)[at])
+                : static_cast<const float*>(m.data)[at];
+}
+
+/// Where line `l` and inner `i` of a block stand in it, in BF16 numbers; the low part is 1,024 on.
+int64_t place(int64_t l, int64_t i, bool is_b) {
+  const int64_t tile = l / 16 * 512, row = l % 16;
+  return tile + (is_b ? i / 2 * 32 + row * 2 + i % 2 : row * 32 + i);
+}
+
+void plain_pack(const TileMatrix& m, int64_t line, int64_t lines, int64_t inner, int64_t count,
+                bool is_b, char* panel) {
+  auto* out = reinterpret_cast<uint16_t*>(panel);
+  for (int64_t k = 0; k < count; k += kBlock, out += kBlockBytes / 2)
+    for (int64_t l = 0; l < kBlock; ++l)
+      for (int64_t i = 0; i < kBlock; ++i) {
+        const bool there = l < lines && k + i < count;
+        const float x = there ? element(m, line + l, inner + k + i) : 0;
+        const uint16_t high = m.half ? uint16_t(bits_of(x) >> 16) : to_bfloat(x);
+        out[place(l, i, is_b)] = high;
+        out[place(l, i, is_b) + 1024] = to_bfloat(x - of_bfloat(high));
+      }
+}
+
+void plain_multiply(const char* a, const char* b, int64_t blocks, bool exact, float* c,
+                    int64_t c_stride, bool add) {
+  const auto* x = reinterpret_cast<const uint16_t*>(a);
+  const auto* y = reinterpret_cast<const uint16_t*>(b);
+  for (int64_t r = 0; r < kBlock; ++r)
+    for (int64_t s = 0; s < kBlock; ++s) {
+      float sum = add ? c[r * c_stride + s] : 0;
+      for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t part = 0; part < 4; ++part) {
+          if (part == 3 && !exact) continue;
+          const int64_t first = block * (kBlockBytes / 2);
+          for (int64_t i = 0; i < kBlock; ++i)
+            sum += of_bfloat(x[first + (part & 1) * 1024 + place(r, i, false)]) *
+                   of_bfloat(y[first + (part >> 1) * 1024 + place(s, i, true)]);
+        }
+      c[r * c_stride + s] = sum;
+    }
+}
+
+const TileKernels kPlainTiles = {nullptr, plain_pack, plain_multiply, [] {}, [] {}};
+
+/// In one thread, in an order that no kernel may rely on.
+const auto backwards = [](int64_t count, const auto& body) {
+  for (int64_t i = count; i-- > 0;) body(i, i + 1);
+};
+
+struct Matrix {
+  std::vector<uint16_t> halves;
+  std::vector<float> floats;
+  bool half, inner_contiguous;
+  int64_t lines, inner, stride;
+
+  Matrix(int64_t l, int64_t i, bool h, bool contiguous)
+      : half(h),
+        inner_contiguous(contiguous),
+        lines(l),
+        inner(i),
+        stride((contiguous ? i : l) + 3) {
+    const size_t size = size_t((contiguous ? l : i) * stride);
+    h ? halves.resize(size, 0x7E00) : floats.resize(size, NAN);  // what is not read is NaN
+  }
+  int64_t at(int64_t l, int64_t i) const {
+    return inner_contiguous ? l * stride + i : i * stride + l;
+  }
+  template <class Value>
+  void fill(Value value) {
+    for (int64_t l = 0; l < lines; ++l)
+      for (int64_t i = 0; i < inner; ++i)
+        if (half)
+          halves[size_t(at(l, i))] = halfstep::math::float_to_half(float(value()));
+        else
+          floats[size_t(at(l, i))] = float(value());
+  }
+  TileMatrix view() const {
+    const void* data = half ? static_cast<const void*>(halves.data()) : floats.data();
+    return {data, half, inner_contiguous ? stride : 1, inner_contiguous ? 1 : stride};
+  }
+  double value(int64_t l, int64_t i) const { return double(element(view(), l, i)); }
+};
+
+/// The largest error over the sum of magnitudes, of c (+)= a b, or of a b taken piece by piece.
+double error_of(const TileKernels& kernels, const Matrix& a, const Matrix& b, bool add,
+                bool pieces = false) {
+  const int64_t m = a.lines, n = b.lines, k = a.inner, stride = n + 5;
+  std::vector<float> c(size_t(m * stride), 3.0F);
+  std::vector<char> memory(size_t(packed_bytes(n, k)) + 64);
+  char* packed = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  const TileProduct product{
+      m, n, k, a.view(), b.view(), pieces ? nullptr : c.data(), pieces ? 0 : stride, add};
+  pack_b(kernels, product.b, n, k, packed, backwards);
+  alignas(64) static float scratch[kScratch];
+  std::fill(scratch, scratch + kScratch, NAN);
+  multiply_packed(
+      kernels, product, packed, backwards, [&] { return scratch; },
+      [&](const TileResult& r) {
+        for (int64_t i = 0; i < r.rows; ++i)
+          for (int64_t j = 0; j < r.columns; ++j)
+            c[size_t((r.row + i) * stride + r.column + j)] = r.data[i * r.stride + j];
+      });
+  double worst = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double want = add ? 3 : 0, magnitude = want;
+      for (int64_t l = 0; l < k; ++l) {
+        const double term = a.value(i, l) * b.value(j, l);
+        want += term;
+        magnitude += std::abs(term);
+      }
+      worst = std::max(worst, std::abs(double(c[size_t(i * stride + j)]) - want) / magnitude);
+    }
+    for (int64_t j = n; j < stride; ++j)
+      REQUIRE(c[size_t(i * stride + j)] == 3.0F);  // beside the matrix
+  }
+  return worst;
+}
+
+void check(const TileKernels& kernels) {
+  std::mt19937 random(7);
+  const auto uniform = [&] { return std::uniform_real_distribution<float>(-1, 1)(random); };
+  const auto eleven_bits = [&] { return float(int(random() % 4095) - 2047); };
+  const auto few = [&] { return float(int(random() % 3) - 1); };
+  struct Sizes {
+    int64_t m, n, k;
+  };
+  for (const auto [m, n, k] :
+       {Sizes{32, 32, 32}, {1, 1, 1}, {33, 31, 257}, {70, 1056, 40}, {5, 48, 1100}, {300, 65, 513}})
+    for (const bool a_inner : {true, false})
+      for (const bool b_inner : {true, false}) {
+        CAPTURE(m, n, k, a_inner, b_inner);
+        Matrix a(m, k, true, a_inner), b(n, k, true, b_inner);
+        // Sums of 11-bit integers below 2^24: every part of both operands counts, and nothing
+        // rounds.
+        a.fill(eleven_bits);
+        b.fill(few);
+        CHECK(error_of(kernels, a, b, false) == 0);
+        a.fill(few);
+        b.fill(eleven_bits);
+        CHECK(error_of(kernels, a, b, true) == 0);
+        a.fill(uniform);
+        b.fill(uniform);
+        CHECK(error_of(kernels, a, b, true) < 1e-6);
+        CHECK(error_of(kernels, a, b, false, true) < 1e-6);
+        // Subnormal numbers are numbers.
+        a.fill([&] { return std::ldexp(eleven_bits(), -24 - 11); });
+        CHECK(error_of(kernels, a, b, false) < 1e-6);
+        // FP32 to 16 bits.
+        Matrix wide(m, k, false, a_inner);
+        wide.fill(uniform);
+        CHECK(error_of(kernels, wide, b, false) < 0x1.4p-15);
+      }
+}
+
+}  // namespace
+
+TEST_CASE("products in two parts of BF16 are FP32 products of FP16") { check(kPlainTiles); }
+
+TEST_CASE("the matrix unit gives what its plain twin gives") {
+#if defined(__x86_64__)
+  if (halfstep::cpu_path().find("matrix unit") == std::string::npos) {
+    WARN("this CPU has no BF16 matrix unit, or a better one; or it is hidden");
+    return;
+  }
+  check(kAmxTiles);
+  std::mt19937 random(3);
+  for (const bool inner : {true, false})
+    for (const bool half : {true, false})
+      for (const bool is_b : {true, false}) {
+        Matrix m(40, 90, half, inner);
+        m.fill([&] { return std::ldexp(float(int(random())), -40 + int(random() % 30)); });
+        alignas(64) char plain[3 * kBlockBytes], unit[3 * kBlockBytes];
+        plain_pack(m.view(), 19, 21, 7, 83, is_b, plain);
+        kAmxTiles.pack(m.view(), 19, 21, 7, 83, is_b, unit);
+        CAPTURE(inner, half, is_b);
+        CHECK(std::memcmp(plain, unit, sizeof plain) == 0);
+      }
+  for (const int64_t count : {1, 31, 32, 100}) {
+    std::vector<uint16_t> halves(size_t(count), 0x7BFF);
+    CHECK(kAmxTiles.finite(halves.data(), count));
+    for (const uint16_t bad : {0x7C00, 0xFC00, 0x7E01}) {
+      halves.back() = bad;
+      CHECK(!kAmxTiles.finite(halves.data(), count));
+      CHECK(kAmxTiles.finite(halves.data(), count - 1));
+    }
+  }
+#endif
+}

@@ -1,0 +1,126 @@
+"""FP16 products on a BF16 matrix unit (csrc/cpu/tiles): exact products, FP32 sums, and IEEE's infinities. tests/cpp/tiles_test.cpp has the kernels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import halfstep as hs
+
+pytestmark = [pytest.mark.overrides, pytest.mark.skipif("matrix unit" not in hs._C.cpu_path(), reason="no BF16 matrix unit, a better one, or hidden")]
+H = torch.ops.halfstep
+SIZES = [(64, 128, 256), (33, 1100, 70), (600, 65, 513), (257, 520, 1100)]
+
+
+def integers(*shape):
+    """Numbers that need all 11 bits of FP16."""
+    return torch.randint(-2047, 2048, shape).half()
+
+
+@pytest.mark.parametrize("m,n,k", SIZES)
+def test_every_bit_of_both_operands_counts(m, n, k):
+    a, few = integers(m, k), torch.randint(-1, 2, (k, n)).half()
+    wanted = a.double() @ few.double()
+    exact = wanted.to(torch.float16)
+    assert torch.equal(a @ few, exact)
+    assert torch.equal(few.t() @ a.t(), exact.t())
+    # Layouts, forms, and results that are not contiguous.
+    turned = a.t().contiguous().t()
+    assert torch.equal(turned @ few, exact) and torch.equal(turned @ few.t().contiguous().t(), exact)
+    for out in (torch.empty(m, n).half(), torch.empty(n, m).half().t(), torch.zeros(m, 2 * n).half()[:, ::2]):
+        assert torch.equal(torch.mm(a, few, out=out), exact)
+    bias, matrix = integers(n), integers(m, n)
+    assert torch.equal(torch.addmm(bias, a, few), (wanted + bias.double()).half())
+    assert torch.equal(torch.addmm(matrix, a, few, beta=0.5), (wanted + 0.5 * matrix.double()).half())
+    assert torch.equal(torch.addmm(matrix, a, few, beta=0), exact)
+    assert torch.equal(torch.nn.functional.linear(a, few.t().contiguous(), bias), (wanted + bias.double()).half())
+    batch = torch.stack([a, -a, 2 * few[:1, :1] * a])
+    assert torch.equal(torch.bmm(batch, few.expand(3, k, n)), torch.stack([b.double() @ few.double() for b in batch]).half())
+    assert torch.equal(torch.baddbmm(matrix, batch, few.expand(3, k, n)), torch.stack([b.double() @ few.double() + matrix.double() for b in batch]).half())
+
+
+@pytest.mark.parametrize("family", ["normal", "subnormal", "large", "cancelling"])
+def test_the_error_is_that_of_an_fp32_product(family):
+    a, b = torch.randn(300, 700), torch.randn(700, 200)
+    if family == "subnormal":
+        a, b = a * 2.0**-20, b * 2.0**-10
+    elif family == "large":
+        a, b = a * 1e4, b * 0.01
+    elif family == "cancelling":
+        a, b = torch.cat([a, a], 1), torch.cat([b, -b * (1 + 2.0**-9)])
+    a, b = a.half(), b.half()
+    into = torch.zeros(a.shape[0], b.shape[1])
+    H.linear_wgrad_(into, a.t().contiguous(), b)  # the sum before it is rounded
+    wanted, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    error = ((into.double() - wanted).abs() / size).max()
+    stock = ((a.float() @ b.float()).double() - wanted).abs().div(size).max()
+    assert error <= max(2 * stock, 2.0**-21)
+
+
+def test_infinities_and_nan_are_those_of_ieee():
+    a, b = torch.randn(64, 300).half(), torch.randn(300, 128).half()
+    a[3, 5], a[4, 6], b[7, 9], b[8, 10] = torch.inf, torch.nan, -torch.inf, torch.nan
+    a[:, 7] = 0  # times an infinity
+    b[5] = 1     # which BF16 holds whole, so that its second part is 0
+    wanted = a.float() @ b.float()
+    for got in (a @ b, torch.addmm(torch.zeros(128).half(), a, b), torch.bmm(a[None], b[None])[0], hs.functional.linear(a, b.t().contiguous())):
+        assert torch.equal(got.isnan(), wanted.isnan())
+        assert torch.equal(got.isposinf(), wanted.isposinf()) and torch.equal(got.isneginf(), wanted.isneginf())
+        assert torch.allclose(got.float(), wanted, rtol=2e-3, atol=2e-3, equal_nan=True)
+    assert wanted.isinf().any() and wanted.isfinite().any()
+
+
+def test_results_beyond_fp16_are_infinite():
+    a = torch.full((64, 300), 60000.0).half()
+    assert torch.equal(a @ a.t(), torch.full((64, 64), torch.inf).half())
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh"])
+def test_a_layer_with_its_gradients(activation):
+    """dz is held to 16 bits there, so that a weight gradient in FP32 is far better than one of a dz in FP16."""
+    x, w, b, dy = torch.randn(700, 130).half(), (torch.randn(96, 130) / 11).half(), torch.randn(96), torch.randn(700, 96).half()
+    y, saved = H.linear_forward(x, w, b, activation)
+    h = x.double() @ w.double().t() + b.double()
+    act = {None: lambda t: t, "relu": torch.relu, "gelu": torch.nn.functional.gelu, "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh")}[activation]
+    assert ((y.double() - act(h)).abs() <= 2.0**-11 * act(h).abs() + 2.0**-20 * (1 + h.abs())).all()
+    dx, dw, db = H.linear_backward(dy, x, w, saved, activation, [True] * 3, torch.float32, torch.float32)
+    at = (saved.double() if activation and "gelu" in activation else h).requires_grad_()
+    dz, = torch.autograd.grad(act(at), at, dy.double())
+    for got, wanted, size, rounding in ((dw, dz.t() @ x.double(), dz.abs().t() @ x.double().abs(), 0), (dx, dz @ w.double(), dz.abs() @ w.double().abs(), 2.0**-11)):
+        assert ((got.double() - wanted).abs() <= 2.0**-15 * size + rounding * wanted.abs()).all()
+        assert (got.double() - wanted).norm() <= (2.0**-16 + rounding) * size.norm()
+
+
+def test_bits_do_not_depend_on_threads_or_on_other_rows():
+    a, b = torch.randn(700, 1100).half(), torch.randn(1100, 600).half()
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(a @ b)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert all(torch.equal(a @ b, results[0]) for _ in range(20))
+    assert torch.equal(a[100:164] @ b, results[0][100:164]) and torch.equal(a @ b[:, 40:104], results[0][:, 40:104])
+
+
+def test_second_derivatives_and_compile():
+    a, b = torch.randn(64, 256).half().requires_grad_(), torch.randn(256, 128).half().requires_grad_()
+    product = torch.compile(lambda a, b: torch.nn.functional.linear(a, b.t()), fullgraph=True)
+    assert torch.equal(product(a, b), a @ b)
+    g = torch.randn(64, 128).half().requires_grad_()
+    first, = torch.autograd.grad(a @ b, a, g, create_graph=True)
+    second, = torch.autograd.grad(first.float().sum(), g)
+    assert torch.allclose(second.double(), b.detach().double().sum(0).expand(64, 128), atol=0.1)
+
+
+@pytest.mark.parametrize("hidden", [{"HALFSTEP_TILES": "0"}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, {"ATEN_CPU_CAPABILITY": "avx2"}, {"HALFSTEP_OVERRIDES": "0"}])
+def test_it_can_be_hidden(hidden):
+    program = "import torch, halfstep as hs; assert 'matrix unit' not in hs._C.cpu_path(); a = torch.randn(256, 256).half(); print((a @ a).isfinite().all().item())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **hidden, "PYTHONPATH": str(Path(hs.__file__).parents[1])})
+    assert done.stdout == "True\n", done.stderr
