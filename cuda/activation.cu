@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
   for_each_group(spans, [&](int64_t row, int64_t i, int lanes) {
     auto a = read_operand<kDtype>(x, spans, 0, row, i, lanes);
     HALFSTEP_UNROLL
-    for (int k = 0; k < kLength; ++k) a.x[k] = F::value(a.x[k]);
+    for (int k = 0; k < kLength; ++k) a.x[k] = F::template value<kDtype == Dtype::kF16>(a.x[k]);
     write_operand<kDtype>(y, spans, 1, row, i, lanes, a);
   });
 }
@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(kThreads)
     auto d = read_operand<kDtype>(grad, spans, 0, row, i, lanes);
     const auto a = read_operand<kDtype>(x, spans, 1, row, i, lanes);
     HALFSTEP_UNROLL
-    for (int k = 0; k < kLength; ++k) d.x[k] = F::gradient(d.x[k], a.x[k]);
+    for (int k = 0; k < kLength; ++k)
+      d.x[k] = F::template gradient<kDtype == Dtype::kF16>(d.x[k], a.x[k]);
     write_operand<kDtype>(dx, spans, 2, row, i, lanes, d);
   });
 }
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kThreads)
     Group<Compute<kDtype>, kLength> result;
     HALFSTEP_UNROLL
     for (int k = 0; k < kLength; ++k) {
-      result.x[k] = F::value(g.x[k]) * u.x[k];
+      result.x[k] = F::template value<kDtype == Dtype::kF16>(g.x[k]) * u.x[k];
       if (overflowed) count += math::count(math::overflows(result.x[k], g.x[k], u.x[k], kBound));
     }
     write_operand<kDtype>(y, spans, 2, row, i, lanes, result);
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
     auto u = read_operand<kDtype>(up, spans, 2, row, i, lanes);
     HALFSTEP_UNROLL
     for (int k = 0; k < kLength; ++k) {
-      const auto at = F::curve(g.x[k]);
+      const auto at = F::template curve<kDtype == Dtype::kF16>(g.x[k]);
       g.x[k] = d.x[k] * at.slope * u.x[k];
       u.x[k] = d.x[k] * at.value;
     }

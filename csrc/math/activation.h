@@ -19,63 +19,64 @@ struct Curve {
   V value, slope;
 };
 // An activation has `value`, `gradient` (d times the slope) and, where gated units use it, `curve`.
+// kHalf: for results in FP16 (functions.h).
 
 struct Silu {
-  template <class V>
+  template <bool kHalf, class V>
   HALFSTEP_FN static V value(V x) {
-    return silu(x);
+    return silu<kHalf>(x);
   }
-  template <class V>
+  template <bool kHalf, class V>
   HALFSTEP_FN static Curve<V> curve(V x) {
-    const Logistic<V> gate = logistic(x);
+    const Logistic<V> gate = logistic<kHalf>(x);
     return {x * gate.below, silu_slope(x, gate)};
   }
-  template <class V>
+  template <bool kHalf, class V>
   HALFSTEP_FN static V gradient(V d, V x) {
-    return d * curve(x).slope;
+    return d * curve<kHalf>(x).slope;
   }
 };
 
 struct Gelu {
-  template <class V>
+  template <bool kHalf, class V>
   HALFSTEP_FN static V value(V x) {
-    return gelu(x);
+    return gelu<kHalf>(x);
   }
-  template <class V>
+  template <bool kHalf, class V>
   HALFSTEP_FN static Curve<V> curve(V x) {
-    const Normal<V> n = normal(x);
+    const Normal<V> n = normal<kHalf>(x);
     return {x * n.below, fma(x, n.density, n.below)};
   }
-  template <class V>
+  template <bool kHalf, class V>
   HALFSTEP_FN static V gradient(V d, V x) {
-    return d * curve(x).slope;
+    return d * curve<kHalf>(x).slope;
   }
 };
 
 struct GeluTanh {
-  template <class V>
+  template <bool kHalf, class V>
   HALFSTEP_FN static V value(V x) {
-    return gelu_tanh(x);
+    return gelu_tanh<kHalf>(x);
   }
-  template <class V>
+  template <bool kHalf, class V>
   HALFSTEP_FN static Curve<V> curve(V x) {
-    const Logistic<V> gate = gelu_tanh_gate(x);
+    const Logistic<V> gate = gelu_tanh_gate<kHalf>(x);
     return {x * gate.below, gelu_tanh_slope(x, gate)};
   }
-  template <class V>
+  template <bool kHalf, class V>
   HALFSTEP_FN static V gradient(V d, V x) {
-    return d * curve(x).slope;
+    return d * curve<kHalf>(x).slope;
   }
 };
 
 /// max(x, 0)^2 (So et al., arXiv 2109.08668).
 struct SquaredRelu {
-  template <class V>
+  template <bool kHalf, class V>
   HALFSTEP_FN static V value(V x) {
     const V positive = relu(x);
     return positive * positive;
   }
-  template <class V>
+  template <bool kHalf, class V>
   HALFSTEP_FN static V gradient(V d, V x) {
     const V half = d * relu(x);  // 2 x alone may be beyond the range
     return half + half;

@@ -4,10 +4,13 @@
 // same operations in the same order on every instruction set and on the device. FP64: the C
 // library's, element by element; FP64 is there to check derivatives with, not to be fast.
 //
-//   exp: x = n ln2 + r, a polynomial of degree 6 in r, times 2^n in two factors, so that subnormal
-//   results round once. Within 1.05 ULP.
-//   normal: Phi(-t) = exp(-t^2/2) R(t) for t >= 0, and R(t) (1 + t) is a polynomial of degree 10 in
-//   (t-3)/(t+3): relative error below 2e-8 over the whole range in which Phi(-t) is not zero.
+//   exp: x = n ln2 + r, a polynomial of degree 6 in r, times 2^n. Within 1.05 ULP.
+//   normal: Phi(-t) = exp(-t^2/2) R(t) for t >= 0, and R(t) (t + 2.8) is a polynomial of degree 8
+//   in t/(t + 2.8): relative error below 6e-8 up to t = 12.
+//   kHalf, for results in FP16: fewer terms, relative error below 2^-19 (2^-18 where FP16 is
+//   subnormal), and 0 where that is what FP16 rounds x Phi(x) to.
+// Arithmetic on subnormal numbers takes a CPU a hundred times as long, so it is met only where a
+// result itself is about to be subnormal; exp's is 0 there.
 // Coefficients: Chebyshev interpolation of the exact functions, then rounded to FP32.
 // Tests: tests/cpp/functions_test.cpp.
 
@@ -45,53 +48,94 @@ HALFSTEP_FN V polynomial(V x, const float (&c)[kCount]) {
   return sum;
 }
 
-/// 2^(n/2) for even and odd n: half of the factor 2^n, twice, never leaves the normal range.
-template <class V, class I>
-HALFSTEP_FN V times_power_of_two(V x, I n) {
-  const I half = n >> 1, rest = n - half, bias = broadcast<I>(127);
-  return x * from_bits((half + bias) << 23) * from_bits((rest + bias) << 23);
+/// e^x = `fraction` 2^n with n an integer in the low bits of `shifted`; NaN for NaN. kHalf: to
+/// 2^-23.
+template <class V>
+struct Exponential {
+  V fraction, shifted;
+};
+template <bool kHalf, class V>
+HALFSTEP_FN Exponential<V> exponential(V x) {
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+  const V magic = broadcast<V>(0x1.8p23f);
+  const V shifted = fma(x, broadcast<V>(0x1.715476p0f), magic);
+  const V whole = shifted - magic;
+  V r, sum;
+  if constexpr (kHalf) {
+    constexpr float kC[] = {0x1.fffdfcp-2f, 0x1.5557b0p-3f, 0x1.572a64p-5f, 0x1.106250p-7f};
+    r = fma(whole, broadcast<V>(-0x1.62e430p-1f), x);
+    sum = polynomial(r, kC);
+  } else {
+    constexpr float kC[] = {0x1.000000p-1f, 0x1.5554dcp-3f, 0x1.55551ap-5f, 0x1.120b7cp-7f,
+                            0x1.6d1116p-10f};
+    const V upper = fma(whole, broadcast<V>(-0x1.62e4p-1f), x);  // exact: 15 bits of ln2
+    r = fma(whole, broadcast<V>(-0x1.7f7d1cp-20f), upper);
+    sum = polynomial(r, kC);
+  }
+  return {fma(r * r, sum, r) + broadcast<V>(1), shifted};
+}
+
+/// e^x for x in [-86.5, 89.5]: no result or intermediate one is subnormal.
+template <bool kHalf = false, class V>
+HALFSTEP_FN V exp_within(V x) {
+  const Exponential<V> e = exponential<kHalf>(x);
+  using U = typename Traits<V>::Unsigned;
+  // A shift makes the bits of n those of 2^(n-1), which stays finite.
+  const U exponent = (as_unsigned(to_bits(e.shifted)) << 23) + broadcast<U>(126u << 23);
+  return e.fraction * broadcast<V>(2) * from_bits(as_signed(exponent));
+}
+
+/// e^x 2^64 for x in [-148, 0].
+template <class V>
+HALFSTEP_FN V exp_raised(V x) {
+  const Exponential<V> e = exponential<false>(x);
+  using U = typename Traits<V>::Unsigned;
+  const U exponent = (as_unsigned(to_bits(e.shifted)) << 23) + broadcast<U>((127u + 64u) << 23);
+  return e.fraction * from_bits(as_signed(exponent));
 }
 
 }  // namespace detail
 
-/// e^x. exp(-inf) = 0, exp(inf) = inf, NaN stays NaN; above 88.72 the result is inf, below -103.97
+/// e^x. exp(-inf) = 0, exp(inf) = inf, NaN stays NaN; above 88.72 the result is inf, below -86.5
 /// it is 0.
 template <class V>
 HALFSTEP_FN V exp(V x) {
   if constexpr (detail::kIsDouble<V>) {
     return detail::each_lane(x, [](double lane) { return ::exp(lane); });
   } else {
-    constexpr float kC[] = {0x1.000000p-1f, 0x1.5554dcp-3f, 0x1.55551ap-5f, 0x1.120b7cp-7f,
-                            0x1.6d1116p-10f};
-    const V lowest = broadcast<V>(-105.0f), highest = broadcast<V>(89.5f);
-    const V above = select(x >= lowest, x, lowest);
-    const V bounded = select(highest >= above, above, highest);
-    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-    const V magic = broadcast<V>(0x1.8p23f);
-    const V shifted = fma(bounded, broadcast<V>(0x1.715476p0f), magic);
-    const auto n = to_bits(shifted) - to_bits(magic);
-    const V whole = shifted - magic;
-    const V upper = fma(whole, broadcast<V>(-0x1.62e4p-1f), bounded);  // exact: 15 bits of ln2
-    const V r = fma(whole, broadcast<V>(-0x1.7f7d1cp-20f), upper);
-    const V tail = fma(r * r, detail::polynomial(r, kC), r);
-    const V result = detail::times_power_of_two(tail + broadcast<V>(1.0f), n);
-    return select(x == x, result, x);
+    const V result = detail::exp_within(at_most(at_least(x, -86.5f), 89.5f));
+    return select(broadcast<V>(-86.5f) >= x, broadcast<V>(0), result);
   }
 }
 
-/// The logistic function at x: `below` = 1 / (1 + e^-x), `above` = 1 - below. Both keep their
-/// relative precision: e^-|x| does not overflow, and nothing is subtracted from one.
+/// The logistic function at x: `below` = 1 / (1 + e^-x), `above` = 1 - below = e^-x below. Both
+/// keep their relative precision.
 template <class V>
 struct Logistic {
   V below, above;
 };
-template <class V>
+template <bool kHalf = false, class V>
 HALFSTEP_FN Logistic<V> logistic(V x) {
   const V one = broadcast<V>(1), zero = broadcast<V>(0);
-  const V small = exp(zero - abs(x));
-  const V large = one / (one + small), rest = small * large;
-  const auto positive = x >= zero;
-  return {select(positive, large, rest), select(positive, rest, large)};
+  if constexpr (kHalf) {
+    const V e = detail::exp_within<true>(at_most(at_least(zero - x, -86.5f), 86.5f));
+    const V share = one / (one + e), end = broadcast<V>(86.5f);
+    return {select(zero - end >= x, zero, share), select(x >= end, zero, e * share)};
+  } else {
+    V small;
+    if constexpr (detail::kIsDouble<V>) {
+      small = exp(zero - abs(x));
+    } else {
+      // Lanes that end as 0 pass through nothing subnormal on the way.
+      const V size = abs(x), end = broadcast<V>(104.0f);
+      const auto gone = size >= end;
+      const V raised = detail::exp_raised(zero - select(gone, zero, size));
+      small = select(gone, zero, raised * broadcast<V>(0x1p-64f));
+    }
+    const V large = one / (one + small), rest = small * large;
+    const auto positive = x >= zero;
+    return {select(positive, large, rest), select(positive, rest, large)};
+  }
 }
 template <class V>
 HALFSTEP_FN V sigmoid(V x) {
@@ -103,7 +147,7 @@ template <class V>
 struct Normal {
   V below, density;
 };
-template <class V>
+template <bool kHalf = false, class V>
 HALFSTEP_FN Normal<V> normal(V x) {
   if constexpr (detail::kIsDouble<V>) {
     return {detail::each_lane(
@@ -111,23 +155,34 @@ HALFSTEP_FN Normal<V> normal(V x) {
             detail::each_lane(
                 x, [](double lane) { return 0.39894228040143267794 * ::exp(-0.5 * lane * lane); })};
   } else {
-    constexpr float kC[] = {0x1.f1b89cp-2f,   -0x1.8b5facp-4f, -0x1.0d3a60p-6f, 0x1.71fd1ap-5f,
-                            -0x1.7459dap-6f,  0x1.2ed454p-10f, 0x1.87fdcap-9f,  -0x1.6555ecp-12f,
-                            -0x1.ec1deap-12f, 0x1.a98738p-17f, 0x1.87bceap-15f};
-    const V one = broadcast<V>(1), three = broadcast<V>(3);
-    const V magnitude = abs(x), beyond = broadcast<V>(15.0f);
-    const V t = select(magnitude >= beyond, beyond, magnitude);
-    // t^2/2 with what its rounding drops, so that the exponential keeps its relative precision.
-    const V square = t * t, dropped = fma(t, t, broadcast<V>(0) - square);
-    const V bell = exp(square * broadcast<V>(-0.5f));
-    const V exact = fma(bell * dropped, broadcast<V>(-0.5f), bell);
-    const V t3 = t + three, t1 = t + one;
-    const V inverse = one / (t3 * t1);  // one division for both quotients
-    const V s = (t - three) * t1 * inverse;
-    const V tail = exact * (detail::polynomial(s, kC) * t3 * inverse);
-    const V below = select(x >= broadcast<V>(0), one - tail, tail);
-    return {select(x == x, below, x),
-            select(x == x, exact * broadcast<V>(0.398942280401432678f), x)};
+    const V one = broadcast<V>(1), zero = broadcast<V>(0);
+    const V magnitude = abs(x), minus_half = broadcast<V>(-0.5f);
+    V bell, ratio, factor;  // exp(-t^2/2) / factor, R(t)
+    if constexpr (kHalf) {
+      constexpr float kC[] = {0x1.733334p+0f,  -0x1.e7b722p+0f, 0x1.ad0260p-1f, 0x1.0ca650p-2f,
+                              -0x1.2ee19ep-3f, -0x1.e041e0p-3f, 0x1.19611cp-3f};
+      const V t = at_most(magnitude, 6.5f), s = one / (t + broadcast<V>(2.9f));
+      ratio = detail::polynomial(t * s, kC) * s;
+      const V near = detail::exp_within<true>(t * t * minus_half);
+      bell = select(magnitude >= broadcast<V>(6.5f), zero, near);
+      factor = one;
+    } else {
+      constexpr float kC[] = {0x1.666666p+0f,  -0x1.ba4a1ap+0f, 0x1.43a85cp-1f,
+                              0x1.3ff46ep-2f,  -0x1.3ad190p-3f, -0x1.3b6e18p-6f,
+                              -0x1.e304acp-3f, 0x1.182ee0p-2f,  -0x1.52f5d6p-4f};
+      // Lanes that end as 0 pass through nothing subnormal on the way.
+      const auto gone = magnitude >= broadcast<V>(14.5f);
+      const V t = select(gone, zero, magnitude), s = one / (t + broadcast<V>(2.8f));
+      ratio = detail::polynomial(t * s, kC) * s;
+      // t^2/2 with what its rounding drops, so that the exponential keeps its relative precision.
+      const V square = t * t, dropped = fma(t, t, zero - square);
+      const V near = detail::exp_raised(square * minus_half);
+      bell = select(gone, zero, fma(near * dropped, minus_half, near));
+      factor = broadcast<V>(0x1p-64f);
+    }
+    const V tail = bell * ratio * factor;
+    return {select(x >= zero, one - tail, tail),
+            bell * (factor * broadcast<V>(0.398942280401432678f))};
   }
 }
 
@@ -136,28 +191,28 @@ HALFSTEP_FN Normal<V> normal(V x) {
 // upstream.)
 
 /// x Phi(x), the Gaussian error linear unit (Hendrycks and Gimpel, arXiv 1606.08415).
-template <class V>
+template <bool kHalf = false, class V>
 HALFSTEP_FN V gelu(V x) {
-  return x * normal(x).below;
+  return x * normal<kHalf>(x).below;
 }
 /// Its derivative, Phi(x) + x phi(x).
-template <class V>
+template <bool kHalf = false, class V>
 HALFSTEP_FN V gelu_slope(V x) {
-  const Normal<V> n = normal(x);
+  const Normal<V> n = normal<kHalf>(x);
   return fma(x, n.density, n.below);
 }
 
 /// The same with Phi(x) taken as (1 + tanh u)/2 = sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
-template <class V>
+template <bool kHalf = false, class V>
 HALFSTEP_FN Logistic<V> gelu_tanh_gate(V x) {
   using T = typename Traits<V>::Scalar;
   const V cubic = fma(x * x, broadcast<V>(T(0.044715 * 1.5957691216057307118)),
                       broadcast<V>(T(1.5957691216057307118)));
-  return logistic(x * cubic);
+  return logistic<kHalf>(x * cubic);
 }
-template <class V>
+template <bool kHalf = false, class V>
 HALFSTEP_FN V gelu_tanh(V x) {
-  return x * gelu_tanh_gate(x).below;
+  return x * gelu_tanh_gate<kHalf>(x).below;
 }
 template <class V>
 HALFSTEP_FN V gelu_tanh_slope(V x, const Logistic<V>& gate) {
@@ -168,23 +223,23 @@ HALFSTEP_FN V gelu_tanh_slope(V x, const Logistic<V>& gate) {
                       broadcast<V>(T(1.5957691216057307118)));
   return fma(x * gate.below * gate.above, inner, gate.below);
 }
-template <class V>
+template <bool kHalf = false, class V>
 HALFSTEP_FN V gelu_tanh_slope(V x) {
-  return gelu_tanh_slope(x, gelu_tanh_gate(x));
+  return gelu_tanh_slope(x, gelu_tanh_gate<kHalf>(x));
 }
 
 /// x sigmoid(x) and its derivative, s (1 + x (1 - s)).
-template <class V>
+template <bool kHalf = false, class V>
 HALFSTEP_FN V silu(V x) {
-  return x * sigmoid(x);
+  return x * logistic<kHalf>(x).below;
 }
 template <class V>
 HALFSTEP_FN V silu_slope(V x, const Logistic<V>& gate) {
   return gate.below * fma(x, gate.above, broadcast<V>(1));
 }
-template <class V>
+template <bool kHalf = false, class V>
 HALFSTEP_FN V silu_slope(V x) {
-  return silu_slope(x, logistic(x));
+  return silu_slope(x, logistic<kHalf>(x));
 }
 
 /// max(x, 0), NaN for NaN, and the derivative of torch: 0 at 0.

@@ -63,10 +63,9 @@ struct MatrixUnit {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     if (!__builtin_cpu_supports("avx512bw") || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx))
       return;
-    const bool tiles = edx >> 24 & 1, products = edx >> 22 & 1;
-    if (!tiles || !__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return;
-    bfloat = products && (eax >> 5 & 1);  // with the instructions that round to BF16
-    half = eax >> 21 & 1;
+    const bool tiles = edx >> 24 & 1;
+    bfloat = tiles && (edx >> 22 & 1);
+    half = tiles && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 21 & 1);
 #endif
   }
   static bool allowed() {

@@ -22,10 +22,7 @@ uint32_t bits_of(float x) {
   std::memcpy(&bits, &x, 4);
   return bits;
 }
-uint16_t to_bfloat(float x) {
-  const uint32_t bits = bits_of(x);
-  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
+uint16_t to_bfloat(float x) { return uint16_t((bits_of(x) + 0x8000) >> 16); }
 float of_bfloat(uint16_t x) {
   const uint32_t bits = uint32_t(x) << 16;
   float value;

@@ -20,7 +20,9 @@ void forward(math::Activation activation, Dtype dtype, const void* x, void* y, i
     with_activation(activation, [&](auto curve) {
       using E = decltype(elements);
       for_each_pack(n, [&](int64_t i, auto lanes) {
-        E::store(y, i, decltype(curve)::value(E::load(x, i, lanes)), lanes);
+        E::store(y, i,
+                 decltype(curve)::template value<E::dtype == Dtype::kF16>(E::load(x, i, lanes)),
+                 lanes);
       });
     });
   });
@@ -33,7 +35,10 @@ void backward(math::Activation activation, Dtype dtype, const void* grad, const 
       using E = decltype(elements);
       for_each_pack(n, [&](int64_t i, auto lanes) {
         const auto d = E::load(grad, i, lanes);
-        E::store(dx, i, decltype(curve)::gradient(d, E::load(x, i, lanes)), lanes);
+        E::store(
+            dx, i,
+            decltype(curve)::template gradient<E::dtype == Dtype::kF16>(d, E::load(x, i, lanes)),
+            lanes);
       });
     });
   });
@@ -48,7 +53,7 @@ int64_t gated(math::Activation activation, Dtype dtype, bool counts, const void*
       const auto bound = math::overflow_bound<typename E::T>(E::dtype);
       for_each_pack(n, [&](int64_t i, auto lanes) {
         const auto g = E::load(gate, i, lanes), u = E::load(up, i, lanes);
-        const auto result = decltype(curve)::value(g) * u;
+        const auto result = decltype(curve)::template value<E::dtype == Dtype::kF16>(g) * u;
         E::store(y, i, result, lanes);
         if (counts) total += math::count(math::overflows(result, g, u, bound));
       });
@@ -64,7 +69,8 @@ void gated_backward(math::Activation activation, Dtype dtype, const void* grad, 
       using E = decltype(elements);
       for_each_pack(n, [&](int64_t i, auto lanes) {
         const auto d = E::load(grad, i, lanes), u = E::load(up, i, lanes);
-        const auto at = decltype(curve)::curve(E::load(gate, i, lanes));
+        const auto at =
+            decltype(curve)::template curve<E::dtype == Dtype::kF16>(E::load(gate, i, lanes));
         // The slope is at most 1.13: in this order nothing overflows that need not.
         E::store(dgate, i, d * at.slope * u, lanes);
         E::store(dup, i, d * at.value, lanes);

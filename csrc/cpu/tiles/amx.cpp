@@ -30,10 +30,9 @@ __m512i by_fours(__m512 first, __m512 second) {
   return _mm512_packus_epi32(_mm512_srli_epi32(_mm512_castps_si512(first), 16),
                              _mm512_srli_epi32(_mm512_castps_si512(second), 16));
 }
-/// BF16 numbers nearest to FP32 ones, as FP32.
-__m512 rounded(__m512 x) {
-  const __m256i bfloat = (__m256i)_mm512_cvtneps_pbh(x);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat), 16));
+/// The upper 16 bits of these are the nearest BF16 numbers, ties away from zero.
+__m512 half_more(__m512 x) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)));
 }
 
 /// The 8 upper bits of an FP16 number and the 3 that are left, which the upper half of an FP32
@@ -41,10 +40,10 @@ __m512 rounded(__m512 x) {
 template <bool kHalf, bool kInTurn>
 Split split(__m512 first, __m512 second) {
   const auto together = [](__m512 a, __m512 b) { return kInTurn ? in_turn(a, b) : by_fours(a, b); };
-  const __m512 a = kHalf ? upper(first) : rounded(first);
-  const __m512 b = kHalf ? upper(second) : rounded(second);
+  const __m512 a = upper(kHalf ? first : half_more(first));
+  const __m512 b = upper(kHalf ? second : half_more(second));
   const __m512 c = _mm512_sub_ps(first, a), d = _mm512_sub_ps(second, b);
-  return {together(a, b), kHalf ? together(c, d) : together(rounded(c), rounded(d))};
+  return {together(a, b), kHalf ? together(c, d) : together(half_more(c), half_more(d))};
 }
 
 __mmask16 first_of(int64_t count) {
