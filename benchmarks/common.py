@@ -17,7 +17,8 @@ def device():
     """Name of this CPU with the instruction set in use; results are compared within one run only."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*:\s*(.*)", text)
-    return f"{model.group(1) if model else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    unit = ", BF16 matrix unit" if "matrix unit" in hs._C.cpu_path() else ""
+    return f"{model.group(1) if model else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}{unit}, {torch.get_num_threads()} threads"
 
 
 def median_ms(f, repeats, warm=2):

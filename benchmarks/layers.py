@@ -3,7 +3,7 @@
     python benchmarks/layers.py [--only norm,loss] [--rounds 5] [--environments "as it is"] [--no-compile] [--out benchmarks/results/cpu.json]
 
 The cases of a family stand in `layers_<family>.py` as `CASES`, a list of Case. One child process for each environment: the CPU as it
-is, and its FP16 unit hidden. In a child all arms run in turn, round after round. `ratio` is the median over rounds of the quickest
+is, and its FP16 unit hidden. In a child all arms run in turn, round after round; one that takes seconds is left out. `ratio` is the median over rounds of the quickest
 torch arm's time over ours in the same round: above 1 we are quicker. Torch's arms run without halfstep's overrides.
 """
 
@@ -23,6 +23,8 @@ import torch
 
 ENVIRONMENTS = {"as it is": {}, "FP16 unit hidden": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}}
 SLOW_MS = 400  # such an arm runs twice only
+FIRST_MS = 1000  # what is added to a first call
+HOPELESS_MS = 3000  # eager, such an arm is left out, compiled too: it is not the quickest
 
 
 @dataclasses.dataclass
@@ -51,7 +53,7 @@ def arm(case, function, dtype, overrides):
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if not upstream:
             upstream.extend(torch.randn_like(o) if o.dim() else torch.full_like(o, 1024.0) for o in outputs)
-            start = time.perf_counter() - 1.0  # a first call is not a measurement
+            start = time.perf_counter() - FIRST_MS / 1e3  # a first call is not a measurement
         torch.autograd.grad(outputs, wanted, upstream)
         return 1e3 * (time.perf_counter() - start)
 
@@ -65,10 +67,14 @@ def measure(case, rounds, compile):
         if compile:
             torch._dynamo.reset()
             arms[name + "_compiled"] = arm(case, torch.compile(case.stock), dtype, False)
-    usable = {}
+    usable, hopeless = {}, set()
     for name, run in arms.items():
+        if name.removesuffix("_compiled") in hopeless:
+            continue
         try:
-            run()
+            if run() > HOPELESS_MS + FIRST_MS and not name.endswith("_compiled"):
+                hopeless.add(name)
+                continue
             usable[name] = (run, run())
         except RuntimeError as error:  # torch refuses some dtypes
             print(f"{case.name}: {name}: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -115,10 +121,10 @@ def main():
                 print(f"{environment:17} {row['case']:44} {arms} ms; {row['ratio']:.2f} x the quickest of torch ({row['best']})", flush=True)
         if process.returncode:
             sys.exit(process.returncode)
-    if options.out:
-        from common import write
+        if options.out:
+            from common import write
 
-        write("layers", rows, options.out)
+            write("layers", rows, options.out)
 
 
 if __name__ == "__main__":

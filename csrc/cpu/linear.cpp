@@ -122,8 +122,9 @@ void multiply_in_tiles(const at::Tensor& out, const at::Tensor& a, const at::Ten
     const auto part = [&](const at::Tensor& t) { return t.narrow(-1, j, count); };
     const at::Tensor target = part(out);
     const float* const row = bias.defined() ? part(bias).const_data_ptr<float>() : nullptr;
+    const at::Tensor addend = matrix.defined() ? part(matrix) : matrix;
     Right(part(b), 0, true).multiply(a, [&](const TileResult& r) {
-      if (matrix.defined()) add_to(r, part(matrix));
+      if (addend.defined()) add_to(r, addend);
       round_to(r, target, row);
     });
   }

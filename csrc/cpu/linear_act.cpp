@@ -346,8 +346,9 @@ Gradients linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::T
     b.sums = at::empty({blocks, b.columns()}, x.options().dtype(ops::wide_type(x)));
   }
   const bool large = weight.numel() > kLargestWideWeight;
+  const bool keeps_h = kind > LinearActivation::kRelu;
   const bool use_tiles = !large && takes_tiles(b.x, weight) && all_finite(b.dy) &&
-                         all_finite(b.x) && all_finite(weight);
+                         all_finite(b.x) && all_finite(weight) && (!keeps_h || all_finite(b.saved));
   const bool narrow =
       ops::is_sixteen(x.scalar_type()) && !use_tiles && (ops::has_unit(x.scalar_type()) || large);
   narrow ? backward_narrow(b) : backward_wide(b, use_tiles);

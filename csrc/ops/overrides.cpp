@@ -1,11 +1,12 @@
 #include "overrides.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/cpu/Utils.h>
 #include <strings.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <atomic>
@@ -68,6 +69,15 @@ struct MatrixUnit {
     half = tiles && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 21 & 1);
 #endif
   }
+  /// A process must ask Linux for the unit's registers; its threads then have them.
+  static bool granted() {
+#if defined(__x86_64__) && defined(SYS_arch_prctl)
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+  }
   static bool allowed() {
     const auto is = [](const char* variable, const char* value) {
       const char* set = std::getenv(variable);
@@ -115,7 +125,7 @@ bool has_unit(c10::ScalarType type) {
 }
 
 bool has_matrix_unit() {
-  static const bool has = MatrixUnit().bfloat && MatrixUnit::allowed() && at::cpu::init_amx();
+  static const bool has = MatrixUnit().bfloat && MatrixUnit::allowed() && MatrixUnit::granted();
   return has;
 }
 

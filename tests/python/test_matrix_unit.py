@@ -73,6 +73,18 @@ def test_infinities_and_nan_are_those_of_ieee():
     assert wanted.isinf().any() and wanted.isfinite().any()
 
 
+def test_no_nan_is_lost_between_the_parts():
+    """Rounding the bits of a NaN whose payload is all ones would make it a zero."""
+    odd = torch.tensor([0x7FFF], dtype=torch.int16).view(torch.float16)
+    x, w, dy = torch.randn(64, 128).half(), torch.randn(256, 128).half(), torch.randn(64, 256).half()
+    _, saved = H.linear_forward(x, w, None, "gelu")
+    saved[5, 7] = odd[0]
+    dx, dw, _ = H.linear_backward(dy, x, w, saved, "gelu", [True, True, False], torch.float16, None)
+    assert dx[5].isnan().all() and dw[7].isnan().all() and dx[:5].isfinite().all() and dw[:7].isfinite().all()
+    x[3, 4] = odd[0]
+    assert (x @ w.t())[3].isnan().all()
+
+
 def test_results_beyond_fp16_are_infinite():
     a = torch.full((64, 300), 60000.0).half()
     assert torch.equal(a @ a.t(), torch.full((64, 64), torch.inf).half())
