@@ -126,9 +126,10 @@ void forward_wide(const at::Tensor& x, const at::Tensor& weight, const OptionalT
   const Tile tile = tile_of(m, n, k);
   at::Tensor wide_bias;
   if (bias) wide_bias = bias->to(ops::wide_type(x)).contiguous();
+  const char* const bias_data =
+      bias ? static_cast<const char*>(wide_bias.const_data_ptr()) : nullptr;
   const auto bias_from = [&](int64_t column) -> const void* {
-    if (!bias) return nullptr;
-    return static_cast<char*>(wide_bias.data_ptr()) + column * wide_bias.element_size();
+    return bias_data ? bias_data + column * wide_bias.element_size() : nullptr;
   };
   std::optional<Room> room;
   if (!use_tiles) room.emplace(x, tile.rows * tile.columns);
@@ -155,9 +156,11 @@ void forward_wide(const at::Tensor& x, const at::Tensor& weight, const OptionalT
   }
 }
 
-/// Whether the products of an FP16 x [m, k] with a weight are for the matrix unit.
-bool takes_tiles(const at::Tensor& x, const at::Tensor& weight) {
-  return x.scalar_type() == at::kHalf && in_tiles(x.size(0), weight.size(0), weight.size(1));
+/// Whether the products of an FP16 x [m, k] with a weight are for the BF16 matrix unit; one for
+/// FP16 itself is oneDNN's, and quicker, where its rounding is the only one.
+bool takes_tiles(const at::Tensor& x, const at::Tensor& weight, bool rounds_once) {
+  return x.scalar_type() == at::kHalf && !(rounds_once && ops::has_half_matrix_unit()) &&
+         in_tiles(x.size(0), weight.size(0), weight.size(1));
 }
 
 bool is_narrow(const at::Tensor& x, LinearActivation activation) {
@@ -173,7 +176,8 @@ Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTen
   out.saved = ops::empty_saved(x, weight, saves ? activation : LinearActivation::kNone);
   const bool is_plain = activation == LinearActivation::kNone && same_bias;
   const at::Tensor rows = ops::as_rows(x);
-  const bool use_tiles = takes_tiles(rows, weight) && all_finite(rows) && all_finite(weight);
+  const bool use_tiles = takes_tiles(rows, weight, activation <= LinearActivation::kRelu) &&
+                         all_finite(rows) && all_finite(weight);
   if (is_plain && !use_tiles && (!ops::is_sixteen(x.scalar_type()) || is_narrow(x, activation))) {
     out.y = at::linear(x, weight, bias).contiguous();
     return out;
@@ -287,8 +291,9 @@ void wgrad(at::Tensor& into, const at::Tensor& dz, const at::Tensor& x, bool fre
   const int64_t m = dz.size(0), n = dz.size(1), k = x.size(1);
   const int64_t tile =
       even_part(m, std::max<int64_t>(kPiece / 2 / std::max<int64_t>({n, k, 1}), 512));
-  const bool use_tiles = x.scalar_type() == at::kHalf && in_tiles(n, k, std::min(tile, m)) &&
-                         all_finite(dz) && all_finite(x);
+  const bool dense = into.stride(1) == 1 && into.stride(0) >= k;
+  const bool use_tiles = dense && x.scalar_type() == at::kHalf &&
+                         in_tiles(n, k, std::min(tile, m)) && all_finite(dz) && all_finite(x);
   for (int64_t i = 0; i < m; i += tile) {
     const int64_t rows = std::min(tile, m - i);
     Right(x.narrow(0, i, rows), n, use_tiles)
@@ -347,7 +352,7 @@ Gradients linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::T
   }
   const bool large = weight.numel() > kLargestWideWeight;
   const bool keeps_h = kind > LinearActivation::kRelu;
-  const bool use_tiles = !large && takes_tiles(b.x, weight) && all_finite(b.dy) &&
+  const bool use_tiles = !large && takes_tiles(b.x, weight, true) && all_finite(b.dy) &&
                          all_finite(b.x) && all_finite(weight) && (!keeps_h || all_finite(b.saved));
   const bool narrow =
       ops::is_sixteen(x.scalar_type()) && !use_tiles && (ops::has_unit(x.scalar_type()) || large);

@@ -41,7 +41,7 @@ at::Tensor with_a_contiguous_side(const at::Tensor& t) {
 }  // namespace
 
 const TileKernels* tiles() {
-#if defined(__x86_64__)
+#if defined(HALFSTEP_AMX)
   static const TileKernels* const found = ops::has_matrix_unit() ? &kAmxTiles : nullptr;
   return found;
 #else

@@ -7,10 +7,11 @@
 //   exp: x = n ln2 + r, a polynomial of degree 6 in r, times 2^n. Within 1.05 ULP.
 //   normal: Phi(-t) = exp(-t^2/2) R(t) for t >= 0, and R(t) (t + 2.8) is a polynomial of degree 8
 //   in t/(t + 2.8): relative error below 6e-8 up to t = 12.
-//   kHalf, for results in FP16: fewer terms, relative error below 2^-19 (2^-18 where FP16 is
-//   subnormal), and 0 where that is what FP16 rounds x Phi(x) to.
+//   kHalf, for results in FP16: fewer terms, relative error below 2^-19 (2^-17 beyond 5), and 0
+//   from t = 9.5 on, where Phi and its slope times the largest FP16 numbers, a gradient's and a
+//   gated unit's, are below what FP16 holds.
 // Arithmetic on subnormal numbers takes a CPU a hundred times as long, so it is met only where a
-// result itself is about to be subnormal; exp's is 0 there.
+// result itself is about to be subnormal; exp is 0 from e^-86.5 = 2^-124.8 down.
 // Coefficients: Chebyshev interpolation of the exact functions, then rounded to FP32.
 // Tests: tests/cpp/functions_test.cpp.
 
@@ -85,7 +86,7 @@ HALFSTEP_FN V exp_within(V x) {
   return e.fraction * broadcast<V>(2) * from_bits(as_signed(exponent));
 }
 
-/// e^x 2^64 for x in [-148, 0].
+/// e^x 2^64 for x in [-131, 0].
 template <class V>
 HALFSTEP_FN V exp_raised(V x) {
   const Exponential<V> e = exponential<false>(x);
@@ -159,12 +160,12 @@ HALFSTEP_FN Normal<V> normal(V x) {
     const V magnitude = abs(x), minus_half = broadcast<V>(-0.5f);
     V bell, ratio, factor;  // exp(-t^2/2) / factor, R(t)
     if constexpr (kHalf) {
-      constexpr float kC[] = {0x1.733334p+0f,  -0x1.e7b722p+0f, 0x1.ad0260p-1f, 0x1.0ca650p-2f,
-                              -0x1.2ee19ep-3f, -0x1.e041e0p-3f, 0x1.19611cp-3f};
-      const V t = at_most(magnitude, 6.5f), s = one / (t + broadcast<V>(2.9f));
+      constexpr float kC[] = {0x1.400000p+0f, -0x1.3e4e64p+0f, 0x1.5a9c2ap-3f,  0x1.305186p-2f,
+                              0x1.34942ap-6f, -0x1.cd37fep-8f, -0x1.6eb198p-3f, 0x1.7eb41cp-4f};
+      const V t = at_most(magnitude, 9.5f), s = one / (t + broadcast<V>(2.5f));
       ratio = detail::polynomial(t * s, kC) * s;
       const V near = detail::exp_within<true>(t * t * minus_half);
-      bell = select(magnitude >= broadcast<V>(6.5f), zero, near);
+      bell = select(magnitude >= broadcast<V>(9.5f), zero, near);
       factor = one;
     } else {
       constexpr float kC[] = {0x1.666666p+0f,  -0x1.ba4a1ap+0f, 0x1.43a85cp-1f,

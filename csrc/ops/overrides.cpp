@@ -1,5 +1,7 @@
 #include "overrides.h"
 
+#include "../cpu/tiles/tiles.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <strings.h>
 
@@ -38,7 +40,7 @@ bool supported(const char* op) {
 const char* isa_limit() {
   const char* limit = std::getenv("ONEDNN_MAX_CPU_ISA");
   if (!limit) limit = std::getenv("DNNL_MAX_CPU_ISA");
-  const bool none = !limit || !strcasecmp(limit, "ALL") || !strcasecmp(limit, "DEFAULT");
+  const bool none = !limit || !*limit || !strcasecmp(limit, "ALL") || !strcasecmp(limit, "DEFAULT");
   return none ? nullptr : limit;
 }
 
@@ -54,6 +56,12 @@ bool emulates_bfloat() {
   return false;
 #endif
 }
+
+#if defined(HALFSTEP_AMX)
+constexpr bool kCompiled = true;
+#else
+constexpr bool kCompiled = false;
+#endif
 
 /// Intel AMX, and what it multiplies.
 struct MatrixUnit {
@@ -125,13 +133,18 @@ bool has_unit(c10::ScalarType type) {
 }
 
 bool has_matrix_unit() {
-  static const bool has = MatrixUnit().bfloat && MatrixUnit::allowed() && MatrixUnit::granted();
+  static const bool has =
+      kCompiled && MatrixUnit().bfloat && MatrixUnit::allowed() && MatrixUnit::granted();
+  return has;
+}
+
+bool has_half_matrix_unit() {
+  static const bool has = has_half_unit() && MatrixUnit().half;
   return has;
 }
 
 bool prefers_matrix_unit(c10::ScalarType type) {
-  static const bool has_own = MatrixUnit().half;
-  return type == c10::kHalf && has_matrix_unit() && !has_own && overrides_enabled();
+  return type == c10::kHalf && has_matrix_unit() && !has_half_matrix_unit() && overrides_enabled();
 }
 
 bool widens_products(c10::ScalarType type) { return overrides_enabled() && !has_unit(type); }

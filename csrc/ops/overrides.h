@@ -11,6 +11,8 @@ bool has_unit(c10::ScalarType type);
 /// Whether FP16 products can go to a matrix unit for BF16 (csrc/cpu/tiles/tiles.h).
 /// ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY and HALFSTEP_TILES=0 hide it.
 bool has_matrix_unit();
+/// Whether the CPU has a matrix unit for FP16 itself, which oneDNN uses.
+bool has_half_matrix_unit();
 /// Whether torch's own products of `type` go there: FP16, unless the CPU has a matrix unit for FP16
 /// too, which torch uses. False while the overrides are off.
 bool prefers_matrix_unit(c10::ScalarType type);

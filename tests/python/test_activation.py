@@ -116,6 +116,25 @@ def test_one_tensor_of_both_halves_is_the_same_to_the_bit_and_nothing_is_copied(
     assert "halfstep::swiglu" in names and not names & {"aten::copy_", "aten::contiguous", "aten::clone"}
 
 
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
+def test_the_tail_counts_times_a_large_factor(name):
+    """What vanishes in FP16 alone is there times a scaled gradient, or times `up`."""
+    ours, exact, _ = UNARY[name]
+    x = all_halves(torch.float16)
+    x = x[x.isfinite()]
+    for d in (65504.0, -1024.0):
+        (slope,), (want,) = run(ours, [x], [torch.full_like(x, d)])[1], run(exact, [x], [torch.full_like(x, d)], torch.float64)[1]
+        want = torch.where(x.abs() > 50, (x > 0).double() * d, want)  # FP64's own x^3 leaves its range
+        near_zero = want.abs() < 1e-2 * abs(d)
+        tail = near_zero & (x < -3)
+        assert error(slope[tail], want[tail]) <= 0.52
+        assert ((slope.double() - want).abs()[near_zero] <= 2e-7 * abs(d) + want.abs()[near_zero] * 2.0**-10).all()
+    gated = {"silu": hf.swiglu, "gelu": hf.geglu, "gelu_tanh": lambda g, u: hf.geglu(g, u, "tanh")}[name]
+    want = exact(x.double()) * 65504
+    fits = (want.abs() < 65000) & (x < 1)
+    assert error(gated(x, torch.full_like(x, 65504.0))[fits], want[fits]) <= 0.52
+
+
 def test_gate_and_up_near_the_largest_half_whose_product_fits_do_not_overflow():
     # silu(gate) rounded to FP16 before the product (as kernels that round twice do), or a product of both in FP16, is inf or off.
     gate, up = torch.tensor([65504.0, 60000.0, -0.001, 65504.0, 300.0]).half(), torch.tensor([1.0, 1.09, 65504.0, 0.5, 218.0]).half()

@@ -42,6 +42,44 @@ def test_every_bit_of_both_operands_counts(m, n, k):
     assert torch.equal(torch.baddbmm(matrix, batch, few.expand(3, k, n)), torch.stack([b.double() @ few.double() + matrix.double() for b in batch]).half())
 
 
+def test_in_place_out_of_itself_and_in_several_pieces_of_columns():
+    a, few, matrix = integers(40, 8192), torch.randint(-1, 2, (8192, 1100)).half(), integers(40, 1100)
+    a[:, 40:] = 0  # sums stay exact, and in the range
+    product = a.double() @ few.double()
+    for beta, alpha in ((1, 1), (0.5, 1), (1, 2)):
+        exact = (beta * matrix.double() + alpha * product).half()
+        assert torch.equal(torch.addmm(matrix, a, few, beta=beta, alpha=alpha), exact)
+        assert torch.equal(matrix.clone().addmm_(a, few, beta=beta, alpha=alpha), exact)
+        itself = matrix.clone()
+        assert torch.equal(torch.addmm(itself, a, few, beta=beta, alpha=alpha, out=itself), exact)
+        assert torch.equal(matrix.clone()[None].baddbmm_(a[None], few[None], beta=beta, alpha=alpha)[0], exact)
+
+
+def test_weight_gradients_into_memory_of_any_layout():
+    dz, x = integers(64, 128), torch.randint(-1, 2, (64, 256)).half()
+    exact = dz.double().t() @ x.double()
+    wide = torch.zeros(128, 512)
+    for into in (torch.zeros(128, 256), torch.zeros(256, 128).t(), wide[:, ::2], torch.zeros(130, 300)[1:129, 5:261]):
+        H.linear_wgrad_(into, dz, x)
+        assert torch.equal(into.double(), exact)
+    assert not wide[:, 1::2].any()
+    with pytest.raises(RuntimeError):
+        H.linear_wgrad_(torch.zeros(128, 1).expand(128, 256), dz, x)
+
+
+def test_cross_entropy_of_a_layer():
+    x, w, target = torch.randn(300, 130).half(), (torch.randn(1000, 130) / 11).half(), torch.randint(1000, (300,))
+    ours, exact = [[t.clone().to(dtype).requires_grad_() for t in (x, w)] for dtype in (torch.float16, torch.float64)]
+    hs.functional.linear_cross_entropy(*ours, target, reduction="sum").backward()
+    torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), target, reduction="sum").backward()
+    for a, b in zip(ours, exact):
+        assert ((a.grad.double() - b.grad).abs() <= 2.0**-11 * b.grad.abs() + 2.0**-15 * b.grad.abs().max()).all()
+    arrives = torch.ones(300)
+    arrives.view(torch.int32)[7] = 0x7FFFFFFF  # the NaN that GPUs make
+    dx, dw = torch.autograd.grad(hs.functional.linear_cross_entropy(*ours, target, reduction="none"), ours, arrives)
+    assert dx[7].isnan().all() and dw.isnan().all() and dx[:7].isfinite().all()
+
+
 @pytest.mark.parametrize("family", ["normal", "subnormal", "large", "cancelling"])
 def test_the_error_is_that_of_an_fp32_product(family):
     a, b = torch.randn(300, 700), torch.randn(700, 200)

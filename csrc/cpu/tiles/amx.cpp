@@ -30,9 +30,12 @@ __m512i by_fours(__m512 first, __m512 second) {
   return _mm512_packus_epi32(_mm512_srli_epi32(_mm512_castps_si512(first), 16),
                              _mm512_srli_epi32(_mm512_castps_si512(second), 16));
 }
-/// The upper 16 bits of these are the nearest BF16 numbers, ties away from zero.
+/// The upper 16 bits of these are the nearest BF16 numbers, ties away from zero. NaN stays NaN,
+/// which the sum would wrap around to zero where its bits are all set.
 __m512 half_more(__m512 x) {
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)));
+  const __m512i bits = _mm512_castps_si512(x);
+  const __mmask16 numbers = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+  return _mm512_castsi512_ps(_mm512_mask_add_epi32(bits, numbers, bits, _mm512_set1_epi32(0x8000)));
 }
 
 /// The 8 upper bits of an FP16 number and the 3 that are left, which the upper half of an FP32

@@ -77,6 +77,18 @@ inline void multiply_edge(const TileKernels& kernels, const char* a, const char*
   for (int64_t r = 0; r < rows; ++r) std::memcpy(c + r * c_stride, whole + r * kBlock, bytes);
 }
 
+/// Between its start and its end this thread may multiply.
+class TileSession {
+ public:
+  explicit TileSession(const TileKernels& kernels) : kernels_(kernels) { kernels_.enter(); }
+  ~TileSession() { kernels_.leave(); }
+  TileSession(const TileSession&) = delete;
+  TileSession& operator=(const TileSession&) = delete;
+
+ private:
+  const TileKernels& kernels_;
+};
+
 /// `packed`: b, by pack_b. scratch(): kScratch numbers of the calling thread's, aligned to 64
 /// bytes. take(TileResult) is called once for each piece of a result without c, by the thread that
 /// has it.
@@ -88,7 +100,7 @@ void multiply_packed(const TileKernels& kernels, const TileProduct& p, char* pac
   const int64_t groups = (panels + kGroup - 1) / kGroup, parts = (strips + kPart - 1) / kPart;
   parallel(groups * parts, [&](int64_t begin, int64_t end) {
     alignas(64) char a[kDepth / kBlock * kBlockBytes];
-    kernels.enter();
+    const TileSession session(kernels);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first_panel = task / parts * kGroup, part = task % parts;
       const int64_t last_panel = std::min(panels, first_panel + kGroup);
@@ -119,7 +131,6 @@ void multiply_packed(const TileKernels& kernels, const TileProduct& p, char* pac
         take(TileResult{row, std::min(p.m, last_strip * kBlock) - row, column,
                         std::min(p.n, last_panel * kBlock) - column, base, stride});
     }
-    kernels.leave();
   });
 }
 

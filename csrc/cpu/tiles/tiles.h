@@ -5,15 +5,21 @@
 //   An FP16 number is the sum of two BF16 numbers, exactly: 11 bits are 8 and 3, and BF16 has
 //   FP32's range. So a b = (ah + al)(bh + bl) is four products of the unit, each exact, summed in
 //   FP32: the error is that of an FP32 product. An FP32 operand (a gradient before it is rounded)
-//   is taken to 16 bits, and al bl is left out: at most 2^-15 of a term, in the mean a sixth of
-//   that, where rounding to FP16 costs 2^-11. The unit takes subnormal numbers as zero, which only
-//   FP32 operands below 2^-110 have. Infinities and NaN would leave as NaN what should be infinite,
-//   so callers look for them first (finite) and take another way.
+//   is taken to 16 bits, and al bl is left out: at most 1.25 * 2^-15 of a term, in the mean a sixth
+//   of that, where rounding to FP16 costs 2^-11. The unit takes subnormal numbers as zero, which
+//   only FP32 operands below 2^-110 have. NaN gives NaN, and so does an infinity, also where the
+//   product should be infinite: callers look for them among FP16 operands first (finite) and take
+//   another way.
 //
 //   No torch here: this file and its two users (amx.cpp, the plain twin of
 //   tests/cpp/tiles_test.cpp) are pointers and sizes.
 
 #include <cstdint>
+
+// Which compilers know the instructions.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HALFSTEP_AMX 1
+#endif
 
 namespace halfstep::cpu {
 
@@ -45,7 +51,7 @@ struct TileKernels {
   void (*leave)();
 };
 
-/// amx.cpp
+/// amx.cpp, where HALFSTEP_AMX is defined.
 extern const TileKernels kAmxTiles;
 
 }  // namespace halfstep::cpu
