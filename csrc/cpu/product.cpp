@@ -54,12 +54,9 @@ bool in_tiles(int64_t m, int64_t n, int64_t k) {
 }
 
 bool all_finite(const at::Tensor& halves) {
-  at::Tensor rows = halves.dim() == 2 && halves.stride(0) == 1 ? halves.t() : halves;
-  if (rows.stride(-1) != 1) rows = rows.contiguous();
-  const bool whole = rows.is_contiguous();
-  const int64_t columns = rows.size(-1), count = rows.numel() / std::max<int64_t>(columns, 1);
-  if (!whole && rows.dim() != 2) rows = rows.contiguous();
-  const int64_t stride = rows.dim() == 2 ? rows.stride(0) : columns;
+  at::Tensor rows = halves.stride(0) == 1 ? halves.t() : halves;
+  if (rows.stride(1) != 1) rows = rows.contiguous();
+  const int64_t count = rows.size(0), columns = rows.size(1), stride = rows.stride(0);
   const auto* data = static_cast<const char*>(rows.const_data_ptr());
   std::atomic<bool> finite = true;
   at::parallel_for(0, count, std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(columns, 1)),

@@ -20,7 +20,7 @@ const TileKernels* tiles();
 
 /// Whether FP16 products of [m, k] and [k, n] are worth the unit.
 bool in_tiles(int64_t m, int64_t n, int64_t k);
-/// Whether all elements of these FP16 matrices are finite: others are not for the unit.
+/// Whether all elements of this FP16 matrix are finite: others are not for the unit.
 bool all_finite(const at::Tensor& halves);
 
 /// Operands in the compute type: 16-bit ones as copies in memory that is used for one piece after
