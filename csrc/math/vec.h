@@ -27,9 +27,7 @@ HALFSTEP_FN double select(bool mask, double a, double b) { return mask ? a : b; 
 HALFSTEP_FN int32_t select(bool mask, int32_t a, int32_t b) { return mask ? a : b; }
 /// The larger (smaller) of x and a bound that is no NaN; a NaN x stays.
 HALFSTEP_FN float at_least(float x, float bound) { return bound >= x ? bound : x; }
-HALFSTEP_FN double at_least(double x, double bound) { return bound >= x ? bound : x; }
 HALFSTEP_FN float at_most(float x, float bound) { return x >= bound ? bound : x; }
-HALFSTEP_FN double at_most(double x, double bound) { return x >= bound ? bound : x; }
 HALFSTEP_FN int32_t max(int32_t a, int32_t b) { return a >= b ? a : b; }
 HALFSTEP_FN int32_t min(int32_t a, int32_t b) { return b >= a ? a : b; }
 HALFSTEP_FN int32_t to_bits(float a) { return bit_cast<int32_t>(a); }
@@ -309,23 +307,6 @@ HALFSTEP_FN F32 at_most(const F32& x, float bound) {
   }
   return r;
 }
-HALFSTEP_FN F64 at_least(const F64& x, double bound) {
-  F64 r;
-  for (int k = 0; k < F64::kPieces; ++k) {
-    const F64::Native b = bound - F64::Native{};
-    r.piece[k] = b >= x.piece[k] ? b : x.piece[k];
-  }
-  return r;
-}
-HALFSTEP_FN F64 at_most(const F64& x, double bound) {
-  F64 r;
-  for (int k = 0; k < F64::kPieces; ++k) {
-    const F64::Native b = bound - F64::Native{};
-    r.piece[k] = x.piece[k] >= b ? b : x.piece[k];
-  }
-  return r;
-}
-
 HALFSTEP_FN F32 fma(const F32& a, const F32& b, const F32& c) {
   F32 r;
   for (int k = 0; k < F32::kPieces; ++k) {
