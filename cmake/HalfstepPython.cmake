@@ -5,11 +5,11 @@ execute_process(COMMAND "${Python_EXECUTABLE}" -c "import pybind11; print(pybind
                 OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE no_pybind11)
 if(no_pybind11) # torch carries pybind11's headers, which is enough where nothing can be installed
   unset(pybind11_DIR)
-  Python_add_library(halfstep_python MODULE WITH_SOABI python/bindings.cpp)
+  Python_add_library(halfstep_python MODULE WITH_SOABI python/bindings.cpp python/operators.cpp)
   target_include_directories(halfstep_python SYSTEM PRIVATE "${TORCH_DIR}/include")
 else()
   find_package(pybind11 CONFIG REQUIRED)
-  pybind11_add_module(halfstep_python MODULE python/bindings.cpp)
+  pybind11_add_module(halfstep_python MODULE python/bindings.cpp python/operators.cpp)
 endif()
 # torch's conversion of tensors to Python objects and back.
 target_link_libraries(halfstep_python PRIVATE halfstep_flags halfstep "${TORCH_DIR}/lib/libtorch_python.so")

@@ -12,6 +12,8 @@
 #include <halfstep/tensorboard.h>
 #include <halfstep/version.h>
 
+#include "operators.h"
+
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", [] {
     pybind11::dict info;
@@ -25,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_overrides", &halfstep::set_overrides, pybind11::arg("enabled"));
   m.def("overrides_enabled", &halfstep::overrides_enabled);
   m.def("cpu_path", &halfstep::cpu_path);
+  halfstep::python::bind_operators(m);
 
   using halfstep::NonFinite;
   using halfstep::NonFiniteFinder;

@@ -12,6 +12,7 @@
 #include <set>
 
 #include "../math/grads.h"
+#include "memory.h"
 #include "room.h"
 
 namespace halfstep::optim {
@@ -114,7 +115,9 @@ void Optimizer::make_rooms() {
       same = room.listed[i] == params[i].unsafeGetTensorImpl();
     TORCH_CHECK(same, "parameter group ", g,
                 " no longer lists the parameters that it had; parameters can only be added");
-    if (!room.lr.defined() || room.listed.size() < params.size()) extend(room);
+    if (room.lr.defined() && room.listed.size() == params.size()) continue;
+    extend(room);
+    api::release_freed_memory();  // the FP32 weights that a cast model kept, among others
   }
 }
 

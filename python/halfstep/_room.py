@@ -8,7 +8,7 @@ from operator import attrgetter
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._library import H, grad_stats
+from ._library import H, TensorList, grad_stats, pointers, versions
 
 SIXTEEN = (torch.float16, torch.bfloat16)
 MASTERS = ("auto", "fp32", "fp64", "split16", "split8", "kahan", "stochastic", "none")
@@ -19,8 +19,7 @@ _LOWEST = -110  # the scale of a block of zeros
 _ROW = 128  # bytes that hold one row of a table (cuda/kernels.h)
 LIMIT = {torch.float16: 65520.0, torch.bfloat16: 3.3961775292304957e38}
 
-# map() with these is the cheapest way to ask a thousand parameters: a step must not pay for a Python loop.
-_version, _data_ptr, _grad = attrgetter("_version"), torch.Tensor.data_ptr, attrgetter("grad")
+_grad = attrgetter("grad")  # mapped over a thousand parameters: a step must not pay for a Python loop
 
 _owners = WeakTensorKeyDictionary()  # beside the parameters, not on them, so that models can be pickled
 
@@ -160,9 +159,9 @@ class Room:
         self.keep(state_names)
         if group["ema_decay"] is not None:
             self.emas = [self._nothing()] * n
-        self.raw, self.pointers = [p.detach() for p in self.params], list(map(_data_ptr, self.params))
+        self.raw, self.pointers = [p.detach() for p in self.params], pointers(self.params)
         self.frozen = [i for i, p in enumerate(self.params) if not p.requires_grad]
-        self.present, self.tables, self.backward = None, {}, None
+        self.present, self.tables, self.lists, self.backward = None, {}, [], None
         for param in self.params:
             if group["grad_dtype"] == "fp32" and param.dtype in SIXTEEN:
                 param.grad_dtype = torch.float32
@@ -293,26 +292,26 @@ class Room:
                 state[param]["ema"] = self.emas[i]
 
     def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k not in ("raw", "versions", "pointers", "tables", "backward")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("raw", "versions", "pointers", "tables", "lists", "backward")}
 
     def __setstate__(self, state):
-        self.__dict__.update(state, tables={}, backward=None)
-        self.raw, self.pointers = [p.detach() for p in self.params], list(map(_data_ptr, self.params))
+        self.__dict__.update(state, tables={}, lists=[], backward=None)
+        self.raw, self.pointers = [p.detach() for p in self.params], pointers(self.params)
         self.remember()
 
     # -- what changed since the last step ----------------------------------------------------------
     def remember(self):
         """From here on, what the parameters are now counts as known."""
-        pointers = list(map(_data_ptr, self.params))
-        if pointers != self.pointers:
-            for i, (new, old) in enumerate(zip(pointers, self.pointers)):
+        now = pointers(self.params)
+        if now != self.pointers:
+            for i, (new, old) in enumerate(zip(now, self.pointers)):
                 if new != old:
                     self.raw[i] = self.params[i].detach()
                     self._settle(i)
-        self.versions, self.pointers = list(map(_version, self.params)), pointers
+        self.versions, self.pointers = versions(self.params), now
 
     def changed(self):
-        return list(map(_version, self.params)) != self.versions or list(map(_data_ptr, self.params)) != self.pointers
+        return versions(self.params) != self.versions or pointers(self.params) != self.pointers
 
     def follow_compiled(self):
         """A graph cannot ask for versions: where masters hold values of their own, an edited weight is found by its value."""
@@ -328,10 +327,10 @@ class Room:
         compiled = self.versions is None  # steps of a graph wrote the weights: versions say nothing
         if compiled and capturing():
             raise RuntimeError(f"the steps of group {self.index} so far were compiled; take one outside torch.compile before the capture, so that edits can be told from steps")
-        versions = list(map(_version, self.params)) if compiled else self.versions
+        seen = versions(self.params) if compiled else self.versions
         for i, param in enumerate(self.params):
             moved = param.data_ptr() != self.pointers[i]
-            if not moved and param._version == versions[i] and not compiled:
+            if not moved and param._version == seen[i] and not compiled:
                 continue
             if capturing():
                 raise RuntimeError(f"'{self.names[i]}' was {'moved' if moved else 'edited'} inside a captured graph; do it between steps, outside the capture")
@@ -342,7 +341,7 @@ class Room:
         for i, _ in swapped:
             self.raw[i] = self.params[i].detach()
             replaced |= self._settle(i)
-        split = [i for i in edited if is_remainder(self.masters[i], self.params[i]) and self.params[i]._version != versions[i]]
+        split = [i for i in edited if is_remainder(self.masters[i], self.params[i]) and self.params[i]._version != seen[i]]
         for i, old in swapped:
             if self._rewrite(i, old):
                 split.append(i)
@@ -424,8 +423,13 @@ class Room:
     def frame(self, grads, lr, control):
         """The arguments that all step ops begin with (csrc/ops/optim.h)."""
         states = [tensor for tensors in (*self.states.values(), *self.scales.values()) for tensor in tensors]
+        lists = [self.weights, self.masters, states, self.emas]
+        if not torch.compiler.is_compiling():
+            self.lists = self.lists or [TensorList() for _ in lists]
+            lists = [kept.of(tensors) for kept, tensors in zip(self.lists, lists)]
+        weights, masters, states, emas = lists
         zeroed = [self._nothing() if g is None else g for g in grads] if self.zero_grads else []
-        return self.weights, [] if self.zero_grads else grads, self.masters, states, self.emas, zeroed, self.steps, self.overflowed, lr, control, self.table("step")
+        return weights, [] if self.zero_grads else grads, masters, states, emas, zeroed, self.steps, self.overflowed, lr, control, self.table("step")
 
     def frame_numbers(self):
         g = self.group
@@ -477,7 +481,7 @@ class Room:
         if self.zero_grads:
             written = [*written, *(g for g in grads if g is not None)]
         torch.autograd.graph.increment_version(written)
-        self.versions = list(map(_version, self.params))
+        self.versions = versions(self.params)
 
     def device_lr(self):
         lr = self.group["lr"]

@@ -1,13 +1,13 @@
 """Lion, Adagrad, LAMB and NovoGrad. Formulas and sources: docs/optimizers.md."""
 
-from ._library import H
+from ._library import step_op
 from .optim import Optimizer
 
 
 class Lion(Optimizer):
     """Lion (Chen et al. 2023): steps by the sign of a blend of momentum and gradient; decoupled weight decay."""
 
-    _op = staticmethod(H.lion_step_)
+    _op = staticmethod(step_op("lion_step_"))
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, maximize=False, **ours):
         super().__init__(params, dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay, maximize=maximize), **ours)
@@ -22,7 +22,7 @@ class Lion(Optimizer):
 class Adagrad(Optimizer):
     """torch.optim.Adagrad's rule on exact masters."""
 
-    _op = staticmethod(H.adagrad_step_)
+    _op = staticmethod(step_op("adagrad_step_"))
 
     def __init__(self, params, lr=1e-2, lr_decay=0.0, weight_decay=0.0, initial_accumulator_value=0.0, eps=1e-10, foreach=None, *, maximize=False, **ours):
         defaults = dict(lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize)
@@ -50,7 +50,7 @@ class Lamb(Optimizer):
     always_adapt: scale also where weight_decay is 0 (apex calls it use_nvlamb).
     """
 
-    _op = staticmethod(H.lamb_step_)
+    _op = staticmethod(step_op("lamb_step_"))
     _norm_pass = True
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, *, bias_correction=True, grad_averaging=True,
@@ -68,7 +68,7 @@ class Lamb(Optimizer):
 class NovoGrad(Optimizer):
     """NovoGrad (Ginsburg et al. 2019): one second moment a tensor, of the gradient's norm."""
 
-    _op = staticmethod(H.novograd_step_)
+    _op = staticmethod(step_op("novograd_step_"))
     _tensor_states = ("exp_avg_sq",)
     _norm_pass = True
 

@@ -7,7 +7,7 @@ import torch
 
 from . import checkpoint
 from ._backward import BackwardStats
-from ._library import H, fence, grad_stats
+from ._library import _C, H, fence, grad_stats, step_op
 from ._modes import describe, mode, plain_mode
 from ._room import LIMIT, MASTERS, SIXTEEN, STATES, Room, Turn, capturing, check_fits, check_parameter, dtype_name, names_of, own, take_exact, warn_edited, warn_overflow
 from ._stats import Names
@@ -153,6 +153,7 @@ class Optimizer(torch.optim.Optimizer):
         room.publish(self.state)
         for param in room.params:
             own(param, self)
+        _C.release_freed_memory()  # the FP32 weights that a cast model kept, among others
 
     # -- what a rule says of itself ----------------------------------------------------------------
     def _complete(self, group):
@@ -439,7 +440,7 @@ class _AdamBase(Optimizer):
 class Adam(_AdamBase):
     """torch.optim.Adam's rule (L2 weight decay added to the gradient) on exact masters."""
 
-    _op = staticmethod(H.adam_step_)
+    _op = staticmethod(step_op("adam_step_"))
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, *, maximize=False, **ours):
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize), **ours)
@@ -454,7 +455,7 @@ class AdamW(_AdamBase):
     begins with unless it is given. Further options: see Optimizer.
     """
 
-    _op = staticmethod(H.adamw_step_)
+    _op = staticmethod(step_op("adamw_step_"))
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, *, maximize=False,
                  decouple_lr=False, max_lr=None, decay_order="torch", **ours):
@@ -484,7 +485,7 @@ def _max_lr(options):
 class SGD(Optimizer):
     """torch.optim.SGD's rule (momentum, dampening, nesterov, L2 weight decay) on exact masters."""
 
-    _op = staticmethod(H.sgd_step_)
+    _op = staticmethod(step_op("sgd_step_"))
 
     def __init__(self, params, lr=1e-3, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, *, maximize=False, **ours):
         super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize), **ours)
