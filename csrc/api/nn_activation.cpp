@@ -26,6 +26,9 @@ at::Tensor counter(const GatedOptions& options) {
 GELUImpl::GELUImpl(torch::nn::GELUOptions o) : options(std::move(o)) {
   check_form("GELU", options.approximate());
 }
+GELUImpl::GELUImpl(const torch::nn::GELUImpl& stock) : GELUImpl(stock.options) {
+  train(stock.is_training());
+}
 void GELUImpl::pretty_print(std::ostream& stream) const {
   stream << "halfstep::nn::GELU(approximate=" << options.approximate() << ")";
 }
@@ -33,6 +36,7 @@ at::Tensor GELUImpl::forward(const at::Tensor& x) {
   return functional::gelu(x, options.approximate());
 }
 
+SiLUImpl::SiLUImpl(const torch::nn::SiLUImpl& stock) { train(stock.is_training()); }
 void SiLUImpl::pretty_print(std::ostream& stream) const { stream << "halfstep::nn::SiLU()"; }
 at::Tensor SiLUImpl::forward(const at::Tensor& x) { return functional::silu(x); }
 

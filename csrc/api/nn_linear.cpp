@@ -23,6 +23,15 @@ LinearImpl::LinearImpl(const LinearOptions& options)
   check_activation("Linear", activation);
 }
 
+std::shared_ptr<torch::nn::Module> LinearImpl::clone(
+    const std::optional<torch::Device>& device) const {
+  // torch's clone() makes torch's layer of the copied tensors, and this one takes them over.
+  const auto copy = torch::nn::LinearImpl::clone(device);
+  const auto ours = std::make_shared<LinearImpl>(*copy->as<torch::nn::LinearImpl>());
+  ours->activation = activation;
+  return ours;
+}
+
 void LinearImpl::pretty_print(std::ostream& stream) const {
   stream << std::boolalpha << "halfstep::nn::Linear(in_features=" << options.in_features()
          << ", out_features=" << options.out_features() << ", bias=" << options.bias();

@@ -1,5 +1,7 @@
 #include <halfstep/nn/loss.h>
 
+#include <ATen/core/Reduction.h>
+#include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <c10/util/Exception.h>
@@ -21,11 +23,34 @@ functional::CrossEntropyOptions with(functional::CrossEntropyOptions options,
   return options;
 }
 
+using TorchReduction = torch::nn::CrossEntropyLossOptions::reduction_t;
+
+functional::CrossEntropyOptions options_of(const torch::nn::CrossEntropyLossImpl& stock) {
+  const TorchReduction& reduction = stock.options.reduction();
+  functional::CrossEntropyOptions options;
+  options.weight_ = ops::given(stock.weight);
+  options.ignore_index(stock.options.ignore_index());
+  options.label_smoothing(stock.options.label_smoothing());
+  return options.reduction(std::holds_alternative<torch::enumtype::kNone>(reduction)  ? "none"
+                           : std::holds_alternative<torch::enumtype::kSum>(reduction) ? "sum"
+                                                                                      : "mean");
+}
+
+at::Reduction::Reduction reduction_of(const std::string& name) {
+  return name == "none"  ? at::Reduction::None
+         : name == "sum" ? at::Reduction::Sum
+                         : at::Reduction::Mean;
+}
+
 }  // namespace
 
 CrossEntropyLossImpl::CrossEntropyLossImpl(functional::CrossEntropyOptions o)
     : options(std::move(o)) {
   CrossEntropyLossImpl::reset();
+}
+CrossEntropyLossImpl::CrossEntropyLossImpl(const torch::nn::CrossEntropyLossImpl& stock)
+    : CrossEntropyLossImpl(options_of(stock)) {
+  train(stock.is_training());
 }
 void CrossEntropyLossImpl::reset() {
   weight = register_buffer("weight", options.weight_.value_or(at::Tensor()));
@@ -35,7 +60,11 @@ void CrossEntropyLossImpl::pretty_print(std::ostream& stream) const {
 }
 at::Tensor CrossEntropyLossImpl::forward(const at::Tensor& input, const at::Tensor& target,
                                          const std::optional<at::Tensor>& grad_scale) {
-  return functional::cross_entropy(input, target, with(options, weight, grad_scale));
+  const auto o = with(options, weight, grad_scale);
+  if (target.is_floating_point() && o.z_loss_ == 0 && !o.grad_scale_)
+    return at::cross_entropy_loss(input, target, o.weight_, reduction_of(o.reduction_),
+                                  o.ignore_index_, o.label_smoothing_);
+  return functional::cross_entropy(input, target, o);
 }
 
 LinearCrossEntropyLossImpl::LinearCrossEntropyLossImpl(LinearCrossEntropyLossOptions o,

@@ -11,6 +11,12 @@
 
 namespace halfstep::nn {
 
+std::shared_ptr<torch::nn::Module> LayerNormImpl::clone(
+    const std::optional<torch::Device>& device) const {
+  // torch's clone() makes torch's layer of the copied tensors, and this one takes them over.
+  const auto copy = torch::nn::LayerNormImpl::clone(device);
+  return std::make_shared<LayerNormImpl>(*copy->as<torch::nn::LayerNormImpl>());
+}
 at::Tensor LayerNormImpl::forward(const at::Tensor& x) {
   return functional::layer_norm(x, options.normalized_shape(), ops::given(weight), ops::given(bias),
                                 options.eps());

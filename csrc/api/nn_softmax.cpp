@@ -5,6 +5,8 @@ namespace halfstep::nn {
 
 SoftmaxImpl::SoftmaxImpl(const SoftmaxOptions& options)
     : torch::nn::SoftmaxImpl(options), scale(options.scale()), causal(options.causal()) {}
+SoftmaxImpl::SoftmaxImpl(const torch::nn::SoftmaxImpl& stock)
+    : torch::nn::SoftmaxImpl(stock), scale(1), causal(false) {}
 
 at::Tensor SoftmaxImpl::forward(const at::Tensor& x, const std::optional<at::Tensor>& mask) {
   return functional::softmax(x, options.dim(), scale, mask, causal);

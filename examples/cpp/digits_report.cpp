@@ -1,22 +1,23 @@
 #include "digits_report.h"
 
-#include <halfstep/version.h>
-#include <torch/version.h>
-
 #include <algorithm>
-#include <charconv>
-#include <cmath>
 #include <cstdio>
-#include <filesystem>
 #include <fstream>
 #include <map>
 #include <numeric>
-#include <sstream>
 #include <stdexcept>
+
+#include "job.h"
 
 namespace digits {
 
 namespace {
+
+using job::json_list;
+using job::json_text;
+using job::mean;
+using job::median;
+using job::spread;
 
 constexpr const char* kUsage =
     "usage: train_digits [options]\n"
@@ -31,32 +32,10 @@ constexpr const char* kUsage =
     "  --save-steps 50          after so many steps\n"
     "  --save-seed 0            of this seed\n";
 
-int parse_number(const std::string& name, const std::string& text, int lowest) {
-  int value = 0;
-  const auto [next, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || next != text.data() + text.size() || value < lowest)
-    throw std::invalid_argument(name + " is '" + text + "'; expected a whole number from " +
-                                std::to_string(lowest));
-  return value;
-}
-
 std::vector<double> column(const std::vector<Run>& runs, double Run::*member) {
   std::vector<double> values;
   for (const Run& run : runs) values.push_back(run.*member);
   return values;
-}
-
-double mean(const std::vector<double>& values) {
-  return std::accumulate(values.begin(), values.end(), 0.0) / double(values.size());
-}
-
-/// The sample's standard deviation.
-double spread(const std::vector<double>& values) {
-  if (values.size() < 2) return 0;
-  const double center = mean(values);
-  double squares = 0;
-  for (const double value : values) squares += (value - center) * (value - center);
-  return std::sqrt(squares / double(values.size() - 1));
 }
 
 std::string scale_range(std::vector<double> scales) {
@@ -74,25 +53,6 @@ void print_arm(const char* name, const std::vector<Run>& runs) {
               median(column(runs, &Run::step_ms)), runs[0].bytes_per_param,
               scale_range(column(runs, &Run::final_scale)).c_str(),
               static_cast<long long>(skipped));
-}
-
-template <class Values>
-std::string json_list(const Values& values) {
-  std::ostringstream out;
-  out.precision(17);
-  out << "[";
-  for (size_t i = 0; i < values.size(); ++i) out << (i ? ", " : "") << values[i];
-  out << "]";
-  return out.str();
-}
-
-std::string json_text(const std::string& text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') out += '\\';
-    out += c;
-  }
-  return out + "\"";
 }
 
 std::string json_arm(const std::vector<Run>& runs) {
@@ -118,63 +78,22 @@ std::optional<Options> parse(int argc, char** argv) {
                                                      {"--out", &options.out},
                                                      {"--data", &options.data},
                                                      {"--save-weights", &options.save_weights}};
-  const std::map<std::string, std::pair<int*, int>> numbers = {
+  const std::map<std::string, job::Number> numbers = {
       {"--seeds", {&options.seeds, 1}},
       {"--epochs", {&options.epochs, 1}},
       {"--lesson-seeds", {&options.lesson_seeds, 1}},
       {"--lesson-steps", {&options.lesson_steps, 1}},
       {"--save-steps", {&options.save_steps, 0}},
       {"--save-seed", {&options.save_seed, 0}}};
-  for (int i = 1; i < argc; ++i) {
-    std::string name = argv[i], value;
-    if (name == "--help" || name == "-h") {
-      std::fputs(kUsage, stdout);
-      return std::nullopt;
-    }
-    const auto equals = name.find('=');
-    const bool joined = equals != std::string::npos;
-    if (joined) {
-      value = name.substr(equals + 1);
-      name.resize(equals);
-    }
-    const auto text = texts.find(name);
-    const auto number = numbers.find(name);
-    if (text == texts.end() && number == numbers.end())
-      throw std::invalid_argument("unknown argument '" + name + "'; --help lists them");
-    if (!joined && ++i == argc) throw std::invalid_argument(name + " needs a value");
-    if (!joined) value = argv[i];
-    if (value.empty()) throw std::invalid_argument(name + " needs a value");
-    if (text != texts.end())
-      *text->second = value;
-    else
-      *number->second.first = parse_number(name, value, number->second.second);
-  }
+  if (!job::parse(argc, argv, kUsage, texts, numbers)) return std::nullopt;
   if (options.device != "auto" && options.device != "cpu" && options.device != "cuda")
     throw std::invalid_argument("--device is '" + options.device + "'; expected auto, cpu or cuda");
   return options;
 }
 
-void Progress::tick() {
-  ++done_;
-  const int filled = int(40LL * done_ / total_);
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start_;
-  std::fprintf(stderr, "\r[%s%s] %d/%d  %.0f s%s", std::string(size_t(filled), '#').c_str(),
-               std::string(size_t(40 - filled), '.').c_str(), done_, total_, seconds.count(),
-               done_ == total_ ? "\n" : "");
-}
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const size_t half = values.size() / 2;
-  return values.size() % 2 ? values[half] : (values[half - 1] + values[half]) / 2;
-}
-
 Report::Report(const Options& options, std::string device)
     : device_(std::move(device)), path_(options.out + "/digits_cpp.json") {
-  std::error_code error;
-  std::filesystem::create_directories(options.out, error);
-  if (!std::filesystem::is_directory(options.out))
-    throw std::runtime_error("--out " + options.out + " is not a folder and cannot be made one");
+  job::make_folder(options.out);
 }
 
 void Report::print() const {
@@ -201,9 +120,7 @@ void Report::write() const {
   for (const auto& [name, values] : lesson)
     file << (&name == &lesson[0].first ? "" : ", ") << json_text(name) << ": " << json_list(values);
   file << "},\n \"seeds\": " << json_list(seeds) << ",\n \"device\": " << json_text(device_)
-       << ",\n \"versions\": {\"halfstep\": " << json_text(HALFSTEP_VERSION)
-       << ", \"torch\": " << json_text(TORCH_VERSION)
-       << ", \"compiler\": " << json_text(__VERSION__) << "}\n}\n";
+       << ",\n \"versions\": " << job::json_versions() << "\n}\n";
   if (!file.flush()) throw std::runtime_error("cannot write " + path_);
   std::printf("\nwrote %s\n", path_.c_str());
 }

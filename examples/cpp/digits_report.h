@@ -1,8 +1,7 @@
 #pragma once
 
-// What train_digits does beside training: its options, the progress bar, the table and the JSON.
+// What train_digits does beside training: its options, the table and the JSON.
 
-#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -19,17 +18,6 @@ struct Options {
 /// Nothing after --help; a wrong argument throws.
 std::optional<Options> parse(int argc, char** argv);
 
-/// A bar on stderr.
-class Progress {
- public:
-  explicit Progress(int total) : total_(total) {}
-  void tick();
-
- private:
-  int total_, done_ = 0;
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
-
 constexpr int kLessonTick = 50;  ///< steps of the lesson between two ticks
 inline int lesson_ticks(int steps) { return (steps + kLessonTick - 1) / kLessonTick; }
 
@@ -38,8 +26,6 @@ struct Run {
   double accuracy = 0, step_ms = 0, bytes_per_param = 0, final_scale = 1;
   int64_t skipped = 0;
 };
-
-double median(std::vector<double> values);
 
 class Report {
  public:

@@ -15,12 +15,12 @@
 #include <algorithm>
 #include <charconv>
 #include <chrono>
-#include <cstdio>
 #include <fstream>
 #include <map>
 #include <memory>
 
 #include "digits_report.h"
+#include "job.h"
 
 namespace {
 
@@ -221,7 +221,7 @@ double milliseconds(torch::Device device) {
 }
 
 digits::Run train(bool mixed, int seed, const Data& data, torch::Device device, int epochs,
-                  digits::Progress& progress) {
+                  job::Progress& progress) {
   Arm arm = conv_arm(mixed, uint64_t(seed), device);
   Batches batches(uint64_t(seed), data.x.size(0), device);
   std::vector<double> times;
@@ -234,7 +234,7 @@ digits::Run train(bool mixed, int seed, const Data& data, torch::Device device, 
   }
   digits::Run run;
   run.accuracy = arm.accuracy(data.test_x, data.test_y);
-  run.step_ms = digits::median(times);
+  run.step_ms = job::median(times);
   run.bytes_per_param = arm.held_bytes();
   run.final_scale = arm.scaler.get_scale();
   run.skipped = mixed ? arm.scaler.stats().steps_skipped : 0;
@@ -242,7 +242,7 @@ digits::Run train(bool mixed, int seed, const Data& data, torch::Device device, 
 }
 
 double sigmoid_lesson(const std::string& name, int seed, const Data& data, torch::Device device,
-                      int steps, digits::Progress& progress) {
+                      int steps, job::Progress& progress) {
   torch::manual_seed(uint64_t(seed));
   using namespace halfstep::policies;
   const Rule policy = name == "S=1" ? Rule(Static(1.0)) : Dynamic().growth_interval(100);
@@ -293,8 +293,8 @@ void run_job(const digits::Options& options) {
   const Data data = read_digits(options.data, device);
   if (!options.save_weights.empty()) return save_weights(options, data, device);
   digits::Report report(options, device.str());  // --out is made before a minute of training
-  digits::Progress progress(2 * options.seeds * options.epochs +
-                            3 * options.lesson_seeds * digits::lesson_ticks(options.lesson_steps));
+  job::Progress progress(2 * options.seeds * options.epochs +
+                         3 * options.lesson_seeds * digits::lesson_ticks(options.lesson_steps));
   for (int seed = 0; seed < options.seeds; ++seed)
     for (const bool mixed : {false, true})
       (mixed ? report.mixed : report.fp32)
@@ -309,14 +309,8 @@ void run_job(const digits::Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
+  return job::run("train_digits", [&] {
     const auto options = digits::parse(argc, argv);
     if (options) run_job(*options);
-    return 0;
-  } catch (const c10::Error& error) {
-    std::fprintf(stderr, "train_digits: %s\n", error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "train_digits: %s\n", error.what());
-  }
-  return 1;
+  });
 }

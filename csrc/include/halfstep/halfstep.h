@@ -16,5 +16,6 @@
 #include "policies.h"
 #include "shares.h"
 #include "state_dict.h"
+#include "swap.h"
 #include "tensorboard.h"
 #include "version.h"

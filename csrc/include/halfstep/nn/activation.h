@@ -1,7 +1,7 @@
 #pragma once
 
 #include <torch/nn/cloneable.h>
-#include <torch/nn/options/activation.h>
+#include <torch/nn/modules/activation.h>
 #include <torch/nn/pimpl.h>
 
 #include <string>
@@ -14,6 +14,8 @@ namespace halfstep::nn {
 class HALFSTEP_API GELUImpl : public torch::nn::Cloneable<GELUImpl> {
  public:
   explicit GELUImpl(torch::nn::GELUOptions options = {});
+  /// Of torch's layer: its options and mode.
+  explicit GELUImpl(const torch::nn::GELUImpl& stock);
   void reset() override {}
   void pretty_print(std::ostream& stream) const override;
   at::Tensor forward(const at::Tensor& x);
@@ -25,6 +27,9 @@ TORCH_MODULE(GELU);
 /// torch::nn::SiLU, computed by functional::silu.
 class HALFSTEP_API SiLUImpl : public torch::nn::Cloneable<SiLUImpl> {
  public:
+  SiLUImpl() = default;
+  /// Of torch's layer: its mode.
+  explicit SiLUImpl(const torch::nn::SiLUImpl& stock);
   void reset() override {}
   void pretty_print(std::ostream& stream) const override;
   at::Tensor forward(const at::Tensor& x);

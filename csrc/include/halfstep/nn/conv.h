@@ -11,25 +11,28 @@
 namespace halfstep::nn {
 
 // torch::nn's modules with another forward: the same options, parameters and names. A bias may stay
-// FP32 beside 16-bit weights. clone() gives the same type.
-#define HALFSTEP_CONV(name)                                                        \
-  class HALFSTEP_API name##Impl : public torch::nn::name##Impl {                   \
-   public:                                                                         \
-    using torch::nn::name##Impl::name##Impl;                                       \
-    at::Tensor forward(const at::Tensor& input);                                   \
-    std::shared_ptr<torch::nn::Module> clone(                                      \
-        const std::optional<torch::Device>& device = std::nullopt) const override; \
-  };                                                                               \
+// FP32 beside 16-bit weights. clone() gives the same type; made of torch's layer, it has that one's
+// options, mode and the same tensors.
+#define HALFSTEP_CONV(name)                                                                   \
+  class HALFSTEP_API name##Impl : public torch::nn::name##Impl {                              \
+   public:                                                                                    \
+    using torch::nn::name##Impl::name##Impl;                                                  \
+    explicit name##Impl(const torch::nn::name##Impl& stock) : torch::nn::name##Impl(stock) {} \
+    at::Tensor forward(const at::Tensor& input);                                              \
+    std::shared_ptr<torch::nn::Module> clone(                                                 \
+        const std::optional<torch::Device>& device = std::nullopt) const override;            \
+  };                                                                                          \
   TORCH_MODULE(name)
-#define HALFSTEP_CONV_TRANSPOSE(name)                                                     \
-  class HALFSTEP_API name##Impl : public torch::nn::name##Impl {                          \
-   public:                                                                                \
-    using torch::nn::name##Impl::name##Impl;                                              \
-    at::Tensor forward(const at::Tensor& input,                                           \
-                       const std::optional<at::IntArrayRef>& output_size = std::nullopt); \
-    std::shared_ptr<torch::nn::Module> clone(                                             \
-        const std::optional<torch::Device>& device = std::nullopt) const override;        \
-  };                                                                                      \
+#define HALFSTEP_CONV_TRANSPOSE(name)                                                         \
+  class HALFSTEP_API name##Impl : public torch::nn::name##Impl {                              \
+   public:                                                                                    \
+    using torch::nn::name##Impl::name##Impl;                                                  \
+    explicit name##Impl(const torch::nn::name##Impl& stock) : torch::nn::name##Impl(stock) {} \
+    at::Tensor forward(const at::Tensor& input,                                               \
+                       const std::optional<at::IntArrayRef>& output_size = std::nullopt);     \
+    std::shared_ptr<torch::nn::Module> clone(                                                 \
+        const std::optional<torch::Device>& device = std::nullopt) const override;            \
+  };                                                                                          \
   TORCH_MODULE(name)
 
 HALFSTEP_CONV(Conv1d);

@@ -3,6 +3,7 @@
 #include <torch/nn/cloneable.h>
 #include <torch/nn/modules/linear.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -27,6 +28,10 @@ class HALFSTEP_API LinearImpl : public torch::nn::LinearImpl {
   LinearImpl(int64_t in_features, int64_t out_features)
       : LinearImpl(LinearOptions(in_features, out_features)) {}
   explicit LinearImpl(const LinearOptions& options);
+  /// Of torch's layer: its options and mode, and the same tensors.
+  explicit LinearImpl(const torch::nn::LinearImpl& stock) : torch::nn::LinearImpl(stock) {}
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<torch::Device>& device = std::nullopt) const override;
   void pretty_print(std::ostream& stream) const override;
   at::Tensor forward(const at::Tensor& x);
 

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <torch/nn/cloneable.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/modules/loss.h>
 #include <torch/nn/pimpl.h>
 
 #include "../functional/loss.h"
@@ -8,10 +10,13 @@
 namespace halfstep::nn {
 
 /// torch::nn::CrossEntropyLoss for class indices, computed by functional::cross_entropy. `weight`
-/// is a buffer, as there.
+/// is a buffer, as there. Targets that are class probabilities go to torch's own function, where
+/// there is neither z_loss nor grad_scale.
 class HALFSTEP_API CrossEntropyLossImpl : public torch::nn::Cloneable<CrossEntropyLossImpl> {
  public:
   explicit CrossEntropyLossImpl(functional::CrossEntropyOptions options = {});
+  /// Of torch's layer: its options and mode, and the same weight.
+  explicit CrossEntropyLossImpl(const torch::nn::CrossEntropyLossImpl& stock);
   void reset() override;
   void pretty_print(std::ostream& stream) const override;
   at::Tensor forward(const at::Tensor& input, const at::Tensor& target,
@@ -19,6 +24,9 @@ class HALFSTEP_API CrossEntropyLossImpl : public torch::nn::Cloneable<CrossEntro
 
   functional::CrossEntropyOptions options;
   at::Tensor weight;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({2, torch::nn::AnyValue(std::optional<at::Tensor>())})
 };
 TORCH_MODULE(CrossEntropyLoss);
 

@@ -2,6 +2,7 @@
 
 #include <torch/nn/modules/normalization.h>
 
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -14,6 +15,10 @@ namespace halfstep::nn {
 class HALFSTEP_API LayerNormImpl : public torch::nn::LayerNormImpl {
  public:
   using torch::nn::LayerNormImpl::LayerNormImpl;
+  /// Of torch's layer: its options and mode, and the same tensors.
+  explicit LayerNormImpl(const torch::nn::LayerNormImpl& stock) : torch::nn::LayerNormImpl(stock) {}
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<torch::Device>& device = std::nullopt) const override;
   at::Tensor forward(const at::Tensor& x);
   /// (y, new residual): see functional::layer_norm.
   std::tuple<at::Tensor, at::Tensor> forward_residual(const at::Tensor& x,

@@ -19,6 +19,8 @@ class HALFSTEP_API SoftmaxImpl : public torch::nn::SoftmaxImpl {
  public:
   explicit SoftmaxImpl(const SoftmaxOptions& options);
   explicit SoftmaxImpl(int64_t dim) : SoftmaxImpl(SoftmaxOptions(dim)) {}
+  /// Of torch's layer: its dimension and mode.
+  explicit SoftmaxImpl(const torch::nn::SoftmaxImpl& stock);
   at::Tensor forward(const at::Tensor& x, const std::optional<at::Tensor>& mask = {});
   std::shared_ptr<torch::nn::Module> clone(
       const std::optional<torch::Device>& device = std::nullopt) const override;
