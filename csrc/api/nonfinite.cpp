@@ -5,7 +5,6 @@
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/where.h>
 #include <ATen/record_function.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/nn/module.h>
 
 #include <algorithm>
@@ -15,6 +14,8 @@
 #include <sstream>
 #include <unordered_map>
 #include <unordered_set>
+
+#include "observe.h"
 
 namespace halfstep {
 
@@ -58,21 +59,16 @@ at::Tensor dense(const at::Tensor& t) { return t.is_sparse() ? t._values() : t; 
 
 void add(std::vector<Argument>& to, const std::string& name, const c10::IValue& value, bool written,
          bool read) {
-  if (value.isTensor()) {
-    if (looked_at(value.toTensor())) to.push_back({name, value.toTensor(), written, read});
-  } else if (value.isList()) {
-    const c10::ArrayRef<c10::IValue> items = value.toListRef();
-    for (size_t i = 0; i < items.size(); ++i)
-      if (items[i].isTensor())
-        add(to, name + "[" + std::to_string(i) + "]", items[i], written, read);
-  }
+  api::each_tensor(value, [&](const at::Tensor& tensor, int64_t index) {
+    const std::string at = index < 0 ? "" : "[" + std::to_string(index) + "]";
+    if (looked_at(tensor)) to.push_back({name + at, tensor, written, read});
+  });
 }
 
 /// Inside, nothing is recorded, observed or cast.
 struct Unseen {
-  at::DisableRecordFunctionGuard unobserved;
+  api::Unobserved unobserved;
   at::NoGradGuard no_grad;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
 Content content(const at::Tensor& t) {
@@ -126,20 +122,20 @@ int& depth() {
   return count;
 }
 
-/// One op or node from start to end. Both counts above go back with it, whatever ends it.
+/// One op or node from start to end. Both of the above go back with it, whatever ends it.
 struct Seen : at::ObserverContext {
   Seen() = default;
   Seen(const Seen&) = delete;
   Seen& operator=(const Seen&) = delete;
   ~Seen() override {
-    if (counted) --depth();
     if (is_node) nodes().pop_back();
   }
   std::string op;
   std::vector<Argument> arguments;
   std::vector<std::string> returned;  // names of the schema's results, mostly empty
   Content worst = Content::kFinite;
-  bool counted = false, observed = false, is_node = false;
+  std::optional<api::Running> running;
+  bool observed = false, is_node = false;
 };
 
 }  // namespace
@@ -200,9 +196,9 @@ struct NonFiniteFinder::State {
       if (nodes().empty() && fn.seqNr() >= 0) made_by[fn.seqNr()] = place({});
       return;
     }
-    seen.counted = true;
+    seen.running.emplace(depth());
     // Ops within an op are its own affair: memory is handed on there before it is written.
-    if (depth()++ > 0) return;
+    if (depth() > 1) return;
     const auto handle_of_op = c10::Dispatcher::singleton().findSchema(*name);
     if (!handle_of_op) return;
     seen.op = name->name;

@@ -138,7 +138,8 @@ TEST_CASE("the report holds scale, skips, layers in turn and every gradient's he
             "\"scale\":{\"steps\":6,\"points\":[[1,256],[4,128]],\"skipped\":[3],\"longest\":1,"));
   CHECK(has(report, "\"unsampled\":{}"));
   CHECK(has(report, "{\"name\":\"0.weight\",\"kind\":\"weight\",\"nonzero\":"));
-  CHECK(has(report, "{\"name\":\"2.bias\",\"kind\":\"stored weight gradient\""));
+  CHECK(has(report, "{\"name\":\"2.bias\",\"kind\":\"weight gradient\",\"nonzero\":"));
+  CHECK(has(report, "{\"name\":\"0\",\"kind\":\"activation\",\"nonzero\":"));
   CHECK(has(report, "\"headroom\":{\"name\":\""));
   CHECK(has(text_of(live), "\"state\":\"ended\""));
   CHECK(has(text_of(live), "\"step\":6,\"scale\":128,\"skipped\":1"));

@@ -352,17 +352,24 @@ def test_tensorboard_reads_them(tmp_path):
     assert [e.step for e in reader.Scalars("amp/loss_scale")] == [1, 2, 4]
 
 
-def test_a_run_of_cpp_is_watched_with_the_same_files(tmp_path, capsys):
-    build = ROOT / "python/halfstep/lib/.build"
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory):
+    """The folder with what tests/cpp/monitor_peer writes."""
+    build, folder = ROOT / "python/halfstep/lib/.build", tmp_path_factory.mktemp("peer")
     program = ROOT / build.read_text().split()[0] / "tests/cpp/monitor_peer" if build.exists() else None
     if program is None or not program.exists():
         pytest.skip("tests/cpp/monitor_peer is not built (-DHALFSTEP_TESTS=ON)")
-    subprocess.run([program, tmp_path], check=True)
+    subprocess.run([program, folder], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return folder
+
+
+def test_a_run_of_cpp_is_watched_with_the_same_files(peer, capsys):
+    tmp_path = peer
     report = schema.read(tmp_path / "monitor.json")
     assert report["scale"]["skipped"] == [5] and report["scale"]["points"] == [[1, 256.0], [6, 128.0]] and report["scale"]["steps"] == 8 and report["unsampled"] == {}
-    assert {row["kind"] for row in report["layers"]} == {"weight", "stored weight gradient"} and [s["step"] for s in report["shares"]["samples"]] == [2, 4, 6, 8]
+    assert {row["kind"] for row in report["layers"]} == {"weight", "weight gradient", "activation", "activation gradient"} and [s["step"] for s in report["shares"]["samples"]] == [2, 4, 6, 8]
     assert {t["name"] for t in report["gradients"]["tensors"]} == {"a \"quoted\" name.weight", "a \"quoted\" name.bias", "2.weight", "2.bias"}
-    assert schema.read(tmp_path / "live.json")["status"]["state"] == "ended"
+    assert report["status"]["underflow"]["name"] in ("2.weight", "2.bias", "a \"quoted\" name.weight", "a \"quoted\" name.bias") and schema.read(tmp_path / "live.json")["status"]["state"] == "ended"
     assert cli.main(["watch", str(tmp_path / "live.json")]) == 0
     assert capsys.readouterr().out.startswith("step 8  scale 2^7  skipped 1 (12.5 %)  norm ")
     events = next(p for p in tmp_path.iterdir() if p.name.startswith("events."))
@@ -370,7 +377,77 @@ def test_a_run_of_cpp_is_watched_with_the_same_files(tmp_path, capsys):
     for tag, step, value in scalars(events):
         found.setdefault(tag, {})[step] = value
     assert found["amp/loss_scale"] == {1: 256.0, 2: 256.0, 4: 256.0, 5: 256.0, 6: 128.0, 8: 128.0} == found["loss-scale"] and found["amp/found_inf"][5] == 1 and found["amp/loss_scale_log2"][8] == 7
-    assert set(found) >= {"amp/skipped_total", "amp/consecutive_skips", "amp/grad_norm_unscaled", "amp/headroom_bits/2.weight", "amp/underflow_share/2.weight/weight", "num-zeros"}
+    assert set(found) >= {"amp/skipped_total", "amp/consecutive_skips", "amp/grad_norm_unscaled", "amp/headroom_bits/2.weight", "amp/underflow_share/2.weight/weight", "amp/underflow_share/2.weight/weight_gradient", "amp/underflow_share/2/activation", "num-zeros"}
+
+
+class Mix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(12, 12))
+
+    def forward(self, x):
+        return torch.matmul(x, self.weight.t())
+
+
+class Net(nn.Module):
+    """That of tests/cpp/monitor_peer.cpp."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 12)
+        self.norm = nn.LayerNorm(12)
+        self.lstm = nn.LSTM(12, 12, batch_first=True)
+        self.twice = nn.Linear(12, 12)
+        self.mix = Mix()
+        self.batch = nn.BatchNorm1d(12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, ids):
+        x = self.norm(self.embed(ids))
+        x = self.lstm(x.to(self.lstm.weight_hh_l0.dtype))[0].select(1, 3)
+        for _ in range(2):
+            x = torch.relu(self.twice(x))
+        return self.head(torch.relu(self.batch(self.mix(x))))
+
+
+def spread(shape, seed):
+    n = torch.arange(math.prod(shape)) * 7919 + seed * 104729
+    return ((n % 2001 - 1000).double() / 1500 * torch.exp2(-(n % 24).double())).float().view(shape)
+
+
+@pytest.mark.parametrize("kind", ["cast", "autocast"])
+def test_cpp_counts_what_python_counts(peer, kind):
+    net = Net()
+    with torch.no_grad():
+        for seed, param in enumerate(net.parameters(), 1):
+            param.copy_(spread(param.shape, seed))
+    if kind == "cast":
+        hs.cast_model(net)
+    optimizer, scaler = hs.optim.SGD(net.named_parameters(), lr=1e-3), hs.GradScaler(init_scale=2.0**-8)
+    with hs.monitor(net, optimizer, scaler, every=1) as mon:
+        for step in range(7):
+            optimizer.zero_grad()
+            for micro in range(2):
+                with hs.autocast("cpu"):
+                    loss = nn.functional.cross_entropy(net(((torch.arange(24) * 7 + micro + step) % 20).view(6, 4)).float(), (torch.arange(6) + micro) % 5)
+                scaler.scale(loss).backward()
+            scaler.step(optimizer), scaler.update()
+    ours, theirs = mon.report(), schema.read(peer / f"{kind}.json")
+    assert theirs["unsampled"] == ours["unsampled"] == {}
+
+    def samples(report):
+        keys = [(t["name"], t["kind"]) for t in report["shares"]["tensors"]]
+        return [(s["step"], s["scale"], {keys[row[0]]: unpacked(row) for row in s["rows"]}) for s in report["shares"]["samples"]]
+
+    kinds = set()
+    for (step, scale, mine), (their_step, their_scale, found) in zip(samples(ours), samples(theirs), strict=True):
+        assert (step, scale, set(mine)) == (their_step, their_scale, set(found))
+        kinds |= {kind for _, kind in mine}
+        for key, shares in mine.items():
+            assert vars(shares) == {**vars(found[key]), "amax": pytest.approx(found[key].amax, rel=1e-5)}, (step, key)
+    assert kinds == {"weight", "weight gradient", "activation", "activation gradient"}
+    total = sum((row for _, _, rows in samples(theirs) for row in rows.values()), start=unpacked([0] * 9))
+    assert total.underflow > 20 and total.subnormal > 100 and total.lost > 20
 
 
 @pytest.mark.parametrize("master", ["split16", "fp32"])

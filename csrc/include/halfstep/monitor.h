@@ -32,18 +32,19 @@ struct MonitorOptions {
 /// The files are those of hs.monitor in Python (docs/monitor.md): `halfstep watch` shows both.
 ///
 /// What it sees: the counters of every step; with step(scaler) each gradient's statistics; and in
-/// every `every`-th step the parameters of one layer, the next in turn, of which
-///   "weight"                  is the exact weight (the optimizer's master) against FP16, and
-///   "stored weight gradient"  is .grad as the step left it: what is subnormal, what is near the
-///   end
-///                             of FP16 and beyond.
-/// What it cannot see: modules of libtorch have no hooks, so no layer can be computed once more in
-/// FP32 as in Python. There is nothing about activations and their gradients; and a zero of .grad
-/// may have been one or have vanished: "stored weight gradient" knows no underflow, and its
-/// `underflow` and `lost` are 0. A gradient that zero_grads or zero_grad() took away before step()
-/// is not sampled. A layer here is what owns parameters: "blocks.0.fc" of "blocks.0.fc.weight".
+/// every `every`-th step one layer, the next in turn, computed once more in FP32 on the exact
+/// weights (the optimizer's masters), as hs.monitor does:
+///   "weight", "weight gradient"          of each of its parameters, the gradient of the whole step
+///   "activation", "activation gradient"  of its results, and of what it sends back to its inputs
+/// A layer is what owns parameters, "blocks.0.fc" of "blocks.0.fc.weight", and modules of libtorch
+/// have no hooks: what counts is each op with one of these parameters among its arguments, in
+/// whatever function it is called. A gradient must come back to it, so evaluations do not count.
+/// docs/monitor.md has the details. Only the op calls of the thread that constructs it and calls
+/// step() are seen; layers of which there is no sample are named in the report with the reason.
 ///
-/// It belongs to one thread, that of the training. Model and optimizer must outlive it.
+/// Between the end of the step before and step(), a sampled step holds the FP32 copies of one
+/// layer; in other steps nothing is registered. It belongs to one thread, that of the training.
+/// Model and optimizer must outlive it.
 class HALFSTEP_API Monitor {
  public:
   /// Throws c10::Error that names the option, or the file that cannot be written.
