@@ -167,7 +167,7 @@ CastReport cast_model(torch::nn::Module& model, c10::ScalarType dtype, const Cas
   }
   for (at::Tensor& param : chosen) {
     const at::Tensor exact = param.detach();
-    keep_exact(param, exact.alias());
+    if (param.requires_grad()) keep_exact(param, exact.alias());
     param.set_data(exact.to(dtype));
   }
   return report;

@@ -43,7 +43,8 @@ void assign(const Loaded& loaded) {
   at::Tensor target = loaded.target;
   if (foreign_width(target) != 0) target.set_data(at::empty_like(target));
   target.copy_(loaded.value);
-  if (is_sixteen(target.scalar_type()) && !is_sixteen(loaded.value.scalar_type()))
+  if (target.requires_grad() && is_sixteen(target.scalar_type()) &&
+      !is_sixteen(loaded.value.scalar_type()))
     keep_exact(target, loaded.value.detach().to(target.device(), at::kFloat, false, true));
 }
 

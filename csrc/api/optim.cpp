@@ -19,25 +19,6 @@ namespace halfstep::optim {
 
 namespace {
 
-/// Dtype of the tensor that keeps a parameter exact, or Undefined for none.
-at::ScalarType master_type(Master mode, at::ScalarType param) {
-  if (mode == Master::kAuto) mode = is_sixteen(param) ? Master::kSplit16 : Master::kNone;
-  if (mode == Master::kNone || mode == Master::kStochastic || param == at::kDouble)
-    return at::ScalarType::Undefined;
-  if (mode == Master::kFp64) return at::kDouble;
-  if (param == at::kFloat) return at::ScalarType::Undefined;
-  switch (mode) {
-    case Master::kFp32:
-      return at::kFloat;
-    case Master::kSplit8:
-      return at::kChar;
-    case Master::kKahan:
-      return param;
-    default:
-      return at::kShort;
-  }
-}
-
 std::string name_of(const std::vector<std::string>& names, size_t group, size_t index) {
   if (group == 0 && index < names.size()) return names[index];
   return "group " + std::to_string(group) + ", parameter " + std::to_string(index);
@@ -115,9 +96,11 @@ void Optimizer::make_rooms() {
       same = room.listed[i] == params[i].unsafeGetTensorImpl();
     TORCH_CHECK(same, "parameter group ", g,
                 " no longer lists the parameters that it had; parameters can only be added");
-    if (room.lr.defined() && room.listed.size() == params.size()) continue;
-    extend(room);
-    api::release_freed_memory();  // the FP32 weights that a cast model kept, among others
+    if (!room.lr.defined() || room.listed.size() < params.size()) {
+      extend(room);
+      api::release_freed_memory();  // the FP32 weights that a cast model kept, among others
+    }
+    room.thaw();
   }
 }
 
@@ -133,7 +116,6 @@ void Optimizer::extend(Room& room) {
         owned.emplace(other->leaves[i].unsafeGetTensorImpl(), other->names[i]);
   std::set<const void*> inside(room.listed.begin(), room.listed.end());
   Room grown;
-  std::vector<at::Tensor> exact;
   for (size_t i = room.listed.size(); i < params.size(); ++i) {
     const at::Tensor& param = params[i];
     const std::string name = name_of(names_, room.index, i);
@@ -144,27 +126,16 @@ void Optimizer::extend(Room& room) {
                 other == owned.end() ? "" : other->second, "'");
     check_parameter(param, name);
     check_storage(params, i, name);
-    const auto type = master_type(rules.master, param.scalar_type());
-    const at::Tensor weight = param.detach();
     grown.leaves.push_back(param);
-    grown.params.push_back(weight);
+    grown.params.push_back(param.detach());
     grown.names.push_back(name);
-    grown.masters.push_back(type == at::ScalarType::Undefined
-                                ? at::empty({0}, weight.options().dtype(at::kFloat))
-                                : at::zeros_like(weight, weight.options().dtype(type)));
-  }
-  for (const auto& param : grown.params) {
-    const at::Tensor kept = take_exact(grown.leaves[exact.size()]);
-    exact.push_back(!kept.defined() ? param
-                                    : at::where(kept.to(param.scalar_type()) == param, kept,
-                                                param.to(kept.scalar_type())));
+    grown.masters.push_back(at::empty({0}, param.options().dtype(at::kFloat)));
   }
   const auto n = int64_t(grown.params.size());
   const auto device = room.steps.defined() ? room.steps.device()
                       : n > 0              ? grown.params[0].device()
                                            : at::Device(at::kCPU);
   const at::Tensor zeros = at::zeros({n}, at::TensorOptions(at::kLong).device(device));
-  if (n > 0) api::write_masters_(exact, grown.params, grown.masters, zeros.clone());
   // Nothing below is refused.
   if (!room.lr.defined()) room.lr = at::zeros({}, at::TensorOptions(at::kDouble).device(device));
   room.steps = room.steps.defined() ? at::cat({room.steps, zeros}) : zeros.clone();
@@ -177,8 +148,14 @@ void Optimizer::extend(Room& room) {
   append(room.names, grown.names);
   append(room.masters, grown.masters);
   room.reported.resize(room.leaves.size(), 0);
+  std::vector<size_t> trained;
+  for (const auto i : c10::irange(before, room.leaves.size())) {
+    room.frozen.insert(i);
+    if (room.leaves[i].requires_grad()) trained.push_back(i);
+  }
   for (const char* key : state_names(room.group->options())) room.state(key);
   room.begin_emas(true);
+  room.furnish(trained);
   room.remember(before);
   for (const auto& leaf : grown.leaves) {
     own(leaf);
@@ -323,10 +300,10 @@ std::vector<at::Tensor> Optimizer::ema_params() {
   for (const auto& room : rooms_) {
     if (room->params.empty()) continue;
     any = any || !room->emas.empty();
-    if (room->emas.empty())
-      for (auto& value : api::read_masters(room->params, room->masters))
-        all.push_back(std::move(value));
-    for (const auto& ema : room->emas) all.push_back(ema.clone());
+    // A frozen parameter has none: the exact weight.
+    const auto exact = api::read_masters(room->params, room->masters);
+    for (const auto i : c10::irange(exact.size()))
+      all.push_back(room->emas.empty() || room->frozen.count(i) ? exact[i] : room->emas[i].clone());
   }
   TORCH_CHECK(any, "ema_params: no parameter group has an ema_decay");
   return all;

@@ -330,7 +330,13 @@ StateDict Optimizer::state_dict(bool packed) {
     auto numbers = new_list(), names = new_list();
     const auto keys = state_names(room->group->options());
     for (const auto i : c10::irange(room->params.size())) {
-      StateDict entry;
+      StateDict entry;  // empty for a frozen parameter: it has neither master nor states
+      names.push_back(room->names[i]);
+      numbers.push_back(int64_t(state.size()));
+      if (room->frozen.count(i)) {
+        state.insert(int64_t(state.size()), entry);
+        continue;
+      }
       entry.insert("step", room->steps[int64_t(i)].to(at::kFloat));
       for (const char* key : keys) {
         const at::Tensor& held = room->state(key)[i];
@@ -346,8 +352,6 @@ StateDict Optimizer::state_dict(bool packed) {
         entry.insert("master", api::read_masters({room->params[i]}, {master})[0]);
       }
       if (!room->emas.empty()) entry.insert("ema", room->emas[i].clone());
-      names.push_back(room->names[i]);
-      numbers.push_back(int64_t(state.size()));
       state.insert(int64_t(state.size()), entry);
     }
     StateDict group;
@@ -395,7 +399,8 @@ void Optimizer::load_state_dict(const StateDict& dict, LoadMasters masters) {
       ParamPlan plan;
       plan.weight = room->leaves[i].detach();
       plan_states(plan, entry, state_names(*options.back()), tensor_state(), name, saved.ours);
-      plan.master = plan_master(entry, plan.weight, room->masters[i], name, saved.ours, masters);
+      const at::Tensor held = room->frozen.count(i) ? room->new_master(i) : room->masters[i];
+      plan.master = plan_master(entry, plan.weight, held, name, saved.ours, masters);
       if (!room->emas.empty()) plan.ema = plan_ema(entry, plan.weight, name);
       plans.back().push_back(std::move(plan));
     }
@@ -412,6 +417,10 @@ void Optimizer::load_state_dict(const StateDict& dict, LoadMasters masters) {
     for (const auto i : c10::irange(room.params.size())) {
       const ParamPlan& plan = plans[r][i];
       room.params[i] = plan.weight;
+      if (room.frozen.count(i)) {
+        if (plan.step == 0) continue;
+        room.furnish({size_t(i)});  // frozen here from the start, but trained there
+      }
       room.steps[int64_t(i)].fill_(plan.step);
       for (const auto& [key, loaded] : plan.states) fill_state(room, key, i, loaded);
       if (plan.master.defined()) room.masters[i].copy_(plan.master);

@@ -28,6 +28,29 @@ bool is_remainder(const at::Tensor& master, const at::Tensor& weight) {
 
 namespace halfstep::optim {
 
+namespace {
+
+/// Dtype of the tensor that keeps a parameter exact, or Undefined for none.
+at::ScalarType master_type(Master mode, at::ScalarType param) {
+  if (mode == Master::kAuto) mode = is_sixteen(param) ? Master::kSplit16 : Master::kNone;
+  if (mode == Master::kNone || mode == Master::kStochastic || param == at::kDouble)
+    return at::ScalarType::Undefined;
+  if (mode == Master::kFp64) return at::kDouble;
+  if (param == at::kFloat) return at::ScalarType::Undefined;
+  switch (mode) {
+    case Master::kFp32:
+      return at::kFloat;
+    case Master::kSplit8:
+      return at::kChar;
+    case Master::kKahan:
+      return param;
+    default:
+      return at::kShort;
+  }
+}
+
+}  // namespace
+
 api::OptionalTensors Optimizer::Room::grads() const {
   api::OptionalTensors list;
   for (const auto i : c10::irange(leaves.size())) {
@@ -119,6 +142,42 @@ at::ScalarType Optimizer::Room::compute_type(size_t i) const {
   return wide ? at::kDouble : at::kFloat;
 }
 
+at::Tensor Optimizer::Room::new_master(size_t i) const {
+  const at::Tensor& param = params[i];
+  const auto type = master_type(rules().master, param.scalar_type());
+  return type == at::ScalarType::Undefined ? at::empty({0}, param.options().dtype(at::kFloat))
+                                           : at::zeros_like(param, param.options().dtype(type));
+}
+
+void Optimizer::Room::furnish(const std::vector<size_t>& which) {
+  if (which.empty()) return;
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> exact, weights, fresh;
+  for (const size_t i : which) {
+    const at::Tensor kept = take_exact(leaves[i]), &param = params[i];
+    exact.push_back(!kept.defined() ? param
+                                    : at::where(kept.to(param.scalar_type()) == param, kept,
+                                                param.to(kept.scalar_type())));
+    weights.push_back(param);
+    fresh.push_back(new_master(i));
+  }
+  api::write_masters_(exact, weights, fresh, at::zeros({int64_t(which.size())}, steps.options()));
+  for (const auto k : c10::irange(which.size())) {
+    masters[which[k]] = fresh[k];
+    frozen.erase(which[k]);
+  }
+  for (auto& [key, tensors] : states)
+    for (const size_t i : which) begin_state(key, i);
+  begin_emas(false, which);
+}
+
+void Optimizer::Room::thaw() {
+  std::vector<size_t> which;
+  for (const size_t i : frozen)
+    if (leaves[i].grad().defined()) which.push_back(i);
+  furnish(which);
+}
+
 std::vector<at::Tensor>& Optimizer::Room::state(const std::string& key) {
   auto& tensors = states[key];
   while (tensors.size() < params.size()) {
@@ -134,8 +193,9 @@ void Optimizer::Room::begin_state(const std::string& key, size_t i) {
   auto type = compute_type(i);
   at::Tensor& held = states[key][i];
   const char* single = owner->tensor_state();
+  const bool present = frozen.count(i) == 0;
   if (single && key == single) {
-    held = at::zeros({1}, options.dtype(type));
+    held = at::zeros({present ? 1 : 0}, options.dtype(type));
     return;
   }
   const States kind = rules().states;
@@ -144,14 +204,15 @@ void Optimizer::Room::begin_state(const std::string& key, size_t i) {
   if (type == at::kFloat && kind == States::kInt8) {
     type = is_signed_state(key) ? at::kChar : at::kByte;
     const auto blocks = (param.numel() + math::kStateBlock - 1) / math::kStateBlock;
-    scale = at::full({blocks}, math::kLowestExponent, options.dtype(at::kChar));
+    if (present) scale = at::full({blocks}, math::kLowestExponent, options.dtype(at::kChar));
   }
-  held = at::zeros_like(param, options.dtype(type));
+  held = present ? at::zeros_like(param, options.dtype(type)) : at::empty({0}, options.dtype(type));
   if (kind == States::kInt8) {
     auto& all = scales[key];
     if (all.size() <= i) all.resize(i + 1, at::empty({0}, options.dtype(at::kChar)));
     all[i] = scale;
   }
+  if (!present) return;
   const double initial = owner->initial(group->options(), key);
   if (initial != 0)
     write_state(key, i, at::full_like(param, initial, options.dtype(compute_type(i))));
@@ -192,9 +253,12 @@ void Optimizer::Room::begin_emas(bool new_only, const std::vector<size_t>& which
   std::vector<size_t> fresh = which;
   if (new_only)
     for (const auto i : c10::irange(emas.size(), params.size())) fresh.push_back(i);
-  if (fresh.empty()) return;
   emas.resize(params.size());
   std::vector<at::Tensor> weights, kept;
+  for (const size_t i : fresh)
+    if (frozen.count(i)) emas[i] = at::empty({0}, params[i].options().dtype(at::kFloat));
+  std::erase_if(fresh, [&](size_t i) { return frozen.count(i) > 0; });
+  if (fresh.empty()) return;
   for (const size_t i : fresh) weights.push_back(params[i]), kept.push_back(masters[i]);
   const auto exact = api::read_masters(weights, kept);
   for (const auto k : c10::irange(fresh.size())) emas[fresh[k]] = exact[k];

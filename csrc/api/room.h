@@ -3,6 +3,7 @@
 #include <halfstep/optim.h>
 
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,9 @@ struct Optimizer::Room {
   double lr_value = -1;
   std::vector<std::pair<int64_t, const void*>> seen;  ///< version and data after our last step
   std::vector<int64_t> reported;
+  /// Parameters that required no gradient when they were added and had none since: they have
+  /// neither master nor states (empty tensors stand for them).
+  std::set<size_t> frozen;
 
   /// On a GPU, where the ops keep their rows of pointers between steps: device bytes and a mirror.
   std::vector<at::Tensor> stats_table, step_table;
@@ -42,6 +46,13 @@ struct Optimizer::Room {
   const at::Tensor& device_lr();
   void remember(size_t first = 0);
 
+  /// Masters and states for parameters that have none; masters begin at what cast_model kept of
+  /// the FP32 weights, else at the weights.
+  void furnish(const std::vector<size_t>& which);
+  /// Frozen parameters that got a gradient are furnished.
+  void thaw();
+  /// The master that parameter i has, or would have: zeros; empty for none.
+  at::Tensor new_master(size_t i) const;
   /// What parameter i is updated in.
   at::ScalarType compute_type(size_t i) const;
   /// States of `key`, as before the first step where there are none yet.

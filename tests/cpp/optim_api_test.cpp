@@ -293,6 +293,83 @@ TEST_CASE("freezing, unfreezing and gradients that vanish", "[api]") {
     CHECK(torch::equal(item.value(), weights.at(item.key()).toTensor()));
 }
 
+TEST_CASE("a frozen parameter has neither master nor states until its first gradient", "[api]") {
+  const auto states = GENERATE(States::kFp32, States::kInt8);
+  const auto kind = GENERATE(Master::kSplit16, Master::kFp32, Master::kFp64);
+  CAPTURE(int(states), int(kind));
+  torch::manual_seed(3);
+  const at::Tensor start = torch::randn({64}), gradient = torch::randn({64}, torch::kHalf);
+  const auto make = [&] {  // its second layer is frozen
+    torch::nn::Sequential net(torch::nn::Linear(8, 8), torch::nn::Linear(8, 8));
+    {
+      const torch::NoGradGuard no_grad;
+      for (auto& p : net->parameters()) p.copy_(start.slice(0, 0, p.numel()).view(p.sizes()));
+    }
+    for (auto& item : net->named_parameters())
+      if (item.key().starts_with("1.")) item.value().set_requires_grad(false);
+    cast_model(*net);
+    return net;
+  };
+  const auto options =
+      optim::AdamWOptions(1e-2).master(kind).states(states).ema_decay(0.9).max_grad_norm(1.0);
+  auto net = make();
+  optim::AdamW opt(net->named_parameters(), options);
+  const auto give = [&](const char* layer) {
+    for (auto& item : net->named_parameters())
+      if (item.key().starts_with(layer))
+        item.value().mutable_grad() =
+            gradient.slice(0, 0, item.value().numel()).view(item.value().sizes()).clone();
+  };
+  give("0.");
+  opt.step();
+  // Entries as Python writes them: none for what is frozen.
+  const StateDict saved = opt.state_dict();
+  const auto entries = saved.at("state").toGenericDict();
+  CHECK(StateDict(entries.at(0)).contains("exp_avg"));
+  CHECK(StateDict(entries.at(2)).size() == 0);
+  const auto exact = opt.ema_params();
+  CHECK(torch::equal(exact[2], net->named_parameters()["1.weight"].detach().to(exact[2].dtype())));
+  // The masters of 72 elements are all that is held.
+  int64_t held = 0;
+  for (const auto& tensor : opt.state_tensors()) held += tensor.numel();
+  const bool coded = states == States::kInt8 && kind != Master::kFp64;
+  const int64_t scales = coded ? 2 * 2 : 0;  // two states of two tensors of one block each
+  CHECK(held == 4 * 72 + scales + 4 /* step counts */);
+
+  // Unfrozen, it trains as if it had joined now: like a new optimizer over it alone.
+  for (auto& p : net->parameters()) p.set_requires_grad(true);
+  opt.zero_grad();
+  give("1.");
+  torch::OrderedDict<std::string, at::Tensor> alone;
+  for (auto& item : net->named_parameters())
+    if (item.key().starts_with("1.")) {
+      const at::Tensor twin = item.value().detach().clone().set_requires_grad(true);
+      twin.mutable_grad() = item.value().grad().clone();
+      alone.insert(item.key(), twin);
+    }
+  optim::AdamW fresh(alone, options);
+  opt.step();
+  fresh.step();
+  CHECK(StateDict(opt.state_dict().at("state").toGenericDict().at(2)).contains("exp_avg"));
+  for (const auto& item : alone)
+    CHECK(torch::equal(item.value(), net->named_parameters()[item.key()]));
+
+  // A file in which it is frozen leaves it frozen, one in which it was trained gives it states.
+  auto other = make();
+  {
+    const torch::NoGradGuard no_grad;
+    for (auto& item : other->named_parameters())
+      item.value().copy_(net->named_parameters()[item.key()]);
+  }
+  optim::AdamW reader(other->named_parameters(), options);
+  reader.load_state_dict(saved, LoadMasters::kFromParams);
+  CHECK(StateDict(reader.state_dict().at("state").toGenericDict().at(2)).size() == 0);
+  reader.load_state_dict(opt.state_dict());
+  const auto loaded = reader.master_params(), trained = opt.master_params();
+  for (size_t i = 0; i < loaded.size(); ++i) CHECK(torch::equal(loaded[i], trained[i]));
+  CHECK(StateDict(reader.state_dict().at("state").toGenericDict().at(2)).contains("exp_avg"));
+}
+
 TEST_CASE("grad_dtype(kFloat) sums micro-batches in FP32", "[api]") {
   for (const bool fp32 : {false, true}) {
     auto p = torch::zeros({1}, torch::kHalf).set_requires_grad(true);
