@@ -35,9 +35,17 @@ const at::Tensor& tensor_of(const std::string& name, PyObject* item, Py_ssize_t 
 }
 
 template <class T>
+T number(const std::string& name, py::handle value, const char* expected) {
+  try {
+    if (!value.is_none()) return value.cast<T>();
+  } catch (const py::cast_error&) {
+  }
+  throw py::type_error(name + " is " + std::string(py::repr(value)) + "; expected " + expected);
+}
+
+template <class T>
 c10::IValue list_of(const std::string& name, py::handle value) {
   c10::List<T> list;
-  list.reserve(size_t(PySequence_Size(value.ptr())));
   for_each_item(name, value, [&](PyObject* item, Py_ssize_t i) {
     if constexpr (std::is_same_v<T, std::optional<at::Tensor>>)
       if (item == Py_None) return list.push_back(std::nullopt);
@@ -88,11 +96,11 @@ c10::IValue convert(const std::string& name, py::handle value, const c10::Type& 
     case c10::TypeKind::TensorType:
       return tensor_of(name, value.ptr());
     case c10::TypeKind::FloatType:
-      return value.cast<double>();
+      return number<double>(name, value, "a number");
     case c10::TypeKind::IntType:
-      return value.cast<int64_t>();
+      return number<int64_t>(name, value, "an integer");
     case c10::TypeKind::BoolType:
-      return value.cast<bool>();
+      return number<bool>(name, value, "a bool");
     case c10::TypeKind::ListType: {
       const c10::Type& element = *type.castRaw<c10::ListType>()->getElementType();
       if (element.kind() == c10::TypeKind::TensorType)
@@ -169,7 +177,8 @@ void bind_operators(py::module_& m) {
   py::class_<TensorList>(m, "TensorList")
       .def(py::init())
       .def("of", &TensorList::of, py::arg("tensors"), py::return_value_policy::reference_internal);
-  m.def("release_freed_memory", &api::release_freed_memory);
+  m.def("release_freed_memory", &api::release_freed_memory,
+        py::call_guard<py::gil_scoped_release>());
   m.def("versions", torch::wrap_pybind_function([](const py::object& tensors) {
           return numbers(tensors, [](const at::Tensor& t) { return int64_t(t._version()); });
         }));

@@ -1,11 +1,13 @@
 #include <halfstep/cast.h>
 
 #include <ATen/ops/zeros.h>
+#include <c10/util/Type.h>
 #include <fnmatch.h>
 #include <torch/nn/module.h>
 
 #include <map>
 #include <mutex>
+#include <typeinfo>
 
 #include "room.h"
 
@@ -46,7 +48,7 @@ std::vector<std::pair<std::string, at::Tensor>> named_parameters(const torch::nn
 std::map<const void*, bool> norm_parameters(torch::nn::Module& model) {
   std::map<const void*, bool> found;
   for (const auto& module : model.modules(/*include_self=*/false))
-    if (module->name().find("Norm") != std::string::npos)
+    if (c10::demangle(typeid(*module).name()).find("Norm") != std::string::npos)
       for (const auto& param : module->parameters()) found[param.unsafeGetTensorImpl()] = true;
   return found;
 }

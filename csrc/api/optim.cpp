@@ -80,6 +80,7 @@ void Optimizer::add_param_group(const Group& group) {
 }
 
 void Optimizer::make_rooms() {
+  bool grown = false;
   for (size_t g = 0; g < param_groups_.size(); ++g) {
     if (g == rooms_.size()) {
       rooms_.push_back(std::make_unique<Room>());
@@ -96,12 +97,11 @@ void Optimizer::make_rooms() {
       same = room.listed[i] == params[i].unsafeGetTensorImpl();
     TORCH_CHECK(same, "parameter group ", g,
                 " no longer lists the parameters that it had; parameters can only be added");
-    if (!room.lr.defined() || room.listed.size() < params.size()) {
-      extend(room);
-      api::release_freed_memory();  // the FP32 weights that a cast model kept, among others
-    }
-    room.thaw();
+    if (room.lr.defined() && room.listed.size() == params.size()) continue;
+    extend(room);
+    grown = true;
   }
+  if (grown) api::release_freed_memory();  // the FP32 weights that a cast model kept, among others
 }
 
 /// Masters, states and counters for parameters that the group lists and the room does not know.
@@ -183,7 +183,10 @@ void Optimizer::check_loaded_storages() const {
 
 void Optimizer::follow_edits() {
   check_loaded_storages();
-  for (const auto& room : rooms_) room->follow_move();
+  for (const auto& room : rooms_) {
+    room->follow_move();
+    room->thaw();
+  }
   std::string changed;
   for (const auto& room : rooms_) room->refresh(true, &changed);
   if (!changed.empty())

@@ -143,6 +143,7 @@ struct LoadedState {
 struct ParamPlan {
   at::Tensor weight, master;  ///< master undefined: none is held
   at::Tensor ema;             ///< undefined: it begins at the weight
+  bool present = false;       ///< the file says something of it
   int64_t step = 0;
   std::vector<std::pair<std::string, LoadedState>> states;
 };
@@ -397,6 +398,7 @@ void Optimizer::load_state_dict(const StateDict& dict, LoadMasters masters) {
       const StateDict entry = saved.entry(numbers[i], name);
       if (saved.ours) check_keys(entry, name);
       ParamPlan plan;
+      plan.present = entry.size() > 0;
       plan.weight = room->leaves[i].detach();
       plan_states(plan, entry, state_names(*options.back()), tensor_state(), name, saved.ours);
       const at::Tensor held = room->frozen.count(i) ? room->new_master(i) : room->masters[i];
@@ -418,8 +420,8 @@ void Optimizer::load_state_dict(const StateDict& dict, LoadMasters masters) {
       const ParamPlan& plan = plans[r][i];
       room.params[i] = plan.weight;
       if (room.frozen.count(i)) {
-        if (plan.step == 0) continue;
-        room.furnish({size_t(i)});  // frozen here from the start, but trained there
+        if (!plan.present) continue;
+        room.furnish({size_t(i)});  // frozen here from the start, but not there
       }
       room.steps[int64_t(i)].fill_(plan.step);
       for (const auto& [key, loaded] : plan.states) fill_state(room, key, i, loaded);

@@ -154,6 +154,7 @@ void Optimizer::Room::furnish(const std::vector<size_t>& which) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> exact, weights, fresh;
   for (const size_t i : which) {
+    params[i] = leaves[i].detach();  // a frozen parameter may have got other memory
     const at::Tensor kept = take_exact(leaves[i]), &param = params[i];
     exact.push_back(!kept.defined() ? param
                                     : at::where(kept.to(param.scalar_type()) == param, kept,
@@ -161,7 +162,10 @@ void Optimizer::Room::furnish(const std::vector<size_t>& which) {
     weights.push_back(param);
     fresh.push_back(new_master(i));
   }
-  api::write_masters_(exact, weights, fresh, at::zeros({int64_t(which.size())}, steps.options()));
+  const at::Tensor overflowed = at::zeros({int64_t(which.size())}, steps.options());
+  api::write_masters_(exact, weights, fresh, overflowed);
+  // Inside a captured graph this raises: each replay would begin the masters and states anew.
+  if (!overflowed.is_cpu()) overflowed.cpu();
   for (const auto k : c10::irange(which.size())) {
     masters[which[k]] = fresh[k];
     frozen.erase(which[k]);

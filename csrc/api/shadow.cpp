@@ -112,16 +112,25 @@ struct Shadow::Pending {
 /// Stands before a hook that was there.
 class Shadow::Stored : public torch::autograd::PostAccumulateGradHook {
  public:
-  Stored(std::weak_ptr<Shadow> shadow, std::unique_ptr<PostAccumulateGradHook> next)
-      : next(std::move(next)), shadow_(std::move(shadow)) {}
+  Stored(const std::shared_ptr<Shadow>& shadow, std::unique_ptr<PostAccumulateGradHook> next)
+      : shadow_(shadow), owner_(shadow.get()), next_(std::move(next)) {}
   void operator()(const at::Tensor& parameter) override {
     if (const auto shadow = shadow_.lock()) shadow->stored(parameter);
-    if (next) (*next)(parameter);
+    if (next_) (*next_)(parameter);
   }
-  std::unique_ptr<PostAccumulateGradHook> next;
+  /// Takes the one of `owner` out of a chain; those of others stay.
+  static void unlink(std::unique_ptr<PostAccumulateGradHook>& hook, const Shadow* owner) {
+    auto* stored = dynamic_cast<Stored*>(hook.get());
+    if (!stored) return;
+    if (stored->owner_ != owner) return unlink(stored->next_, owner);
+    auto next = std::move(stored->next_);
+    hook = std::move(next);
+  }
 
  private:
   std::weak_ptr<Shadow> shadow_;
+  const Shadow* owner_;
+  std::unique_ptr<PostAccumulateGradHook> next_;
 };
 
 // -- from the start to the end of a step ----------------------------------------------------------
@@ -154,8 +163,7 @@ void Shadow::unwatch() {
   hide_ops(this);
   for (const auto& p : layer_.parameters) {
     if (!torch::autograd::impl::get_autograd_meta(p.tensor)) continue;
-    auto& hook = torch::autograd::impl::post_acc_grad_hooks(p.tensor);
-    if (auto* stored = dynamic_cast<Stored*>(hook.get())) hook = std::move(stored->next);
+    Stored::unlink(torch::autograd::impl::post_acc_grad_hooks(p.tensor), this);
   }
 }
 

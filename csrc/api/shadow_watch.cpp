@@ -57,7 +57,7 @@ std::unique_ptr<at::ObserverContext> on_start(const at::RecordFunction& fn) {
 }
 
 void on_end(const at::RecordFunction& fn, at::ObserverContext* context) {
-  if (!context) return;
+  if (!context || fn.outputs().empty()) return;  // an op that throws ends without a result
   for (auto& [shadow, pending] : static_cast<Seen*>(context)->pending)
     shadow->behind(*pending, fn.outputs());
 }

@@ -131,8 +131,8 @@ class Swap {
       : exclude_(exclude), used_(exclude.size(), false) {}
 
   void plan(Module& model) {
-    look("", model, nullptr, {});
-    children_of("", model);
+    look("", model, nullptr, {}, nullptr);
+    children_of("", model, excluded(""));
     for (size_t i = 0; i < exclude_.size(); ++i)
       TORCH_CHECK_VALUE(used_[i], "swap_layers_: exclude '", exclude_[i],
                         "' matches no module; the model has ", first_paths());
@@ -152,21 +152,24 @@ class Swap {
   }
 
  private:
-  void children_of(const std::string& path, Module& parent) {
+  /// `above`: the item that excludes the parent, and so all of it.
+  void children_of(const std::string& path, Module& parent, const std::string* above) {
     auto* list = dynamic_cast<SequentialImpl*>(&parent);
     const auto held = held_children(list);
     for (const auto& child : parent.named_children()) {
       const auto entry = held.find(child.key());
       const Place place{list, child.key(), entry == held.end() ? nullptr : entry->second, nullptr};
       const std::string name = path.empty() ? child.key() : path + "." + child.key();
-      look(name, *child.value(), &parent, place);
-      children_of(name, *child.value());
+      look(name, *child.value(), &parent, place, above);
+      const std::string* hit = excluded(name);
+      children_of(name, *child.value(), above ? above : hit);
     }
   }
 
-  void look(const std::string& path, const Module& module, const Module* parent, Place place) {
+  void look(const std::string& path, const Module& module, const Module* parent, Place place,
+            const std::string* above) {
     paths_.push_back(path);
-    const std::string* hit = excluded(path);
+    const std::string* hit = above ? above : excluded(path);
     place.kind = stock_kind(module);
     if (!place.kind) return;
     std::string why = hit ? "excluded by " + *hit : unsupported(module, *place.kind);

@@ -281,6 +281,7 @@ class Room:
 
     def publish(self, state):
         """`state` (the optimizer's) shows the very tensors that the ops update."""
+        self.lists = []  # of what was there before
         for i, param in enumerate(self.params):
             if i in self.frozen:
                 continue
@@ -306,7 +307,7 @@ class Room:
         if now != self.pointers:
             for i, (new, old) in enumerate(zip(now, self.pointers)):
                 if new != old:
-                    self.raw[i] = self.params[i].detach()
+                    self.raw[i], self.lists = self.params[i].detach(), []
                     self._settle(i)
         self.versions, self.pointers = versions(self.params), now
 
@@ -339,7 +340,7 @@ class Room:
             edited.append(i)
         self._check_moved([i for i, _ in swapped])
         for i, _ in swapped:
-            self.raw[i] = self.params[i].detach()
+            self.raw[i], self.lists = self.params[i].detach(), []
             replaced |= self._settle(i)
         split = [i for i in edited if is_remainder(self.masters[i], self.params[i]) and self.params[i]._version != seen[i]]
         for i, old in swapped:

@@ -33,7 +33,7 @@ def swap_layers_(model, exclude=()):
     """Turns the torch.nn layers of `model` that hs.nn has into hs.nn's, in place, and returns a SwapReport.
 
     Each module stays the object it is, with its parameters, buffers, hooks, names and state dict; only its class changes, so optimizers,
-    tied weights and references from elsewhere stay right. `exclude`: paths, globs ("head", "blocks.0.*") or classes that stay stock.
+    tied weights and references from elsewhere stay right. `exclude`: paths, globs ("head", "blocks.0.*") or classes that stay stock, with all that is in them.
     Classes that derive from torch's, and modules with a parametrization, are left: what they compute is not known. Swapping twice changes nothing.
     """
     if not isinstance(model, torch.nn.Module):
@@ -42,11 +42,13 @@ def swap_layers_(model, exclude=()):
     for item in exclude:
         if not isinstance(item, (str, type)):
             raise TypeError(f"swap_layers_: exclude holds {item!r}; expected a path, a glob or a class")
-    ours, swapped, left, used = _ours(), {}, {}, set()
+    ours, swapped, left, used, excluded = _ours(), {}, {}, set(), {}
     named = list(model.named_modules())
     for name, module in named:
         hit = [item for item in exclude if (isinstance(module, item) if isinstance(item, type) else fnmatch.fnmatchcase(name, item))]
         used.update(hit)
+        parent = name.rpartition(".")[0] if name else None  # it comes first
+        hit = excluded[name] = excluded.get(parent) or hit
         stock = next((cls for cls in type(module).__mro__ if cls in ours), None)
         if stock is None or isinstance(module, ours[stock]):
             continue

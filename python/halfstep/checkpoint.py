@@ -301,7 +301,7 @@ def _ordered(room, saved):
 
 
 def _plan_group(optimizer, room, saved, state, ours, masters):
-    """(options, [(step, states, master, mean)]) of one parameter group; every refusal comes from here."""
+    """(options, [(whether the file says something of it, step, states, master, mean)]) of one parameter group; every refusal comes from here."""
     options = _plan_options(optimizer, room, saved)
     names = optimizer._state_names({**room.group, **options})
     plans = []
@@ -312,7 +312,7 @@ def _plan_group(optimizer, room, saved, state, ours, masters):
         unknown = sorted(set(entry) - _ENTRIES) if ours else None
         if unknown:
             raise ValueError(f"optimizer state of '{name}' has an unknown '{unknown[0]}'")
-        plans.append((*_plan_states(entry, names, param, name, ours, room.tensor_states), _plan_master(entry, param, room.held(i), name, ours, masters),
+        plans.append((bool(entry), *_plan_states(entry, names, param, name, ours, room.tensor_states), _plan_master(entry, param, room.held(i), name, ours, masters),
                       _plan_ema(entry, param, name) if room.emas else None))
     return options, plans
 
@@ -359,11 +359,11 @@ def load_optimizer_state(optimizer, state_dict, masters="saved"):
                 room.group[key] = value.clone() if isinstance(value, torch.Tensor) else value
         room.lr_value, room.initial = None, optimizer._initial(room.group)
         room.keep(optimizer._state_names(room.group))
-        for i, (step, states, master, mean) in enumerate(params):
+        for i, (present, step, states, master, mean) in enumerate(params):
             if i in room.frozen:
-                if step == 0:
+                if not present:
                     continue
-                room.thaw([i])  # frozen here from the start, but trained there
+                room.thaw([i])  # frozen here from the start, but not there
             _fill(room, i, step, states, master, mean)
         room.remember()
         room.publish(optimizer.state)

@@ -99,6 +99,7 @@ class Optimizer(torch.optim.Optimizer):
         self._checked = True
         super().__init__(groups, defaults)
         self._checked = False
+        _C.release_freed_memory()  # the FP32 weights that a cast model kept, among others
         self._skipped = torch.zeros(1, dtype=torch.float64, device=self._rooms[0].steps.device)  # not 0-d: see Room.device_lr
 
     def __init_subclass__(cls, **kw):
@@ -153,7 +154,8 @@ class Optimizer(torch.optim.Optimizer):
         room.publish(self.state)
         for param in room.params:
             own(param, self)
-        _C.release_freed_memory()  # the FP32 weights that a cast model kept, among others
+        if not self._checked:
+            _C.release_freed_memory()
 
     # -- what a rule says of itself ----------------------------------------------------------------
     def _complete(self, group):

@@ -469,6 +469,41 @@ TEST_CASE("ops are looked at in steps that are sampled, and in no others", "[mon
   CHECK(!at::hasThreadLocalCallbacks());
 }
 
+TEST_CASE("two monitors of one model count the same", "[monitor]") {
+  torch::nn::Linear fc(torch::nn::LinearOptions(3, 5).bias(false));
+  fc->to(torch::kHalf);
+  optim::SGD opt(fc->parameters(), optim::SGDOptions(0.1));
+  GradScaler scaler = scaler_of(1);
+  Monitor first(*fc, opt, {.every = 1}), second(*fc, opt, {.every = 1});
+  const at::Tensor x = torch::full({2, 3}, 1e-4, torch::kHalf);
+  for (int i = 0; i < 4; ++i) {
+    opt.zero_grad();
+    scaler.scale((fc(x) * 1e-4).sum()).backward();  // 2e-8, which FP16 holds as 0
+    scaler.step(opt);
+    scaler.update();
+    first.step(scaler);
+    second.step(scaler);
+  }
+  for (const Monitor* monitor : {&first, &second}) {
+    const Shares found = counted(monitor->report(), "weight", "weight gradient");
+    CHECK(found.count == 4 * 15);
+    CHECK(found.lost == 4 * 15);
+  }
+}
+
+TEST_CASE("an op that throws is none of the layer's calls", "[monitor]") {
+  torch::nn::Linear fc(3, 5);
+  Plain run(*fc);
+  for (int i = 0; i < 2; ++i)
+    run.step([&] {
+      CHECK_THROWS(torch::linear(torch::ones({2, 4}), fc->weight));
+      return fc(torch::ones({2, 3})).sum();
+    });
+  const std::string report = run.monitor.report();
+  CHECK(unsampled(report) == "\"unsampled\":{}");
+  CHECK(counted(report, "(model)", "activation").count == 2 * 2 * 5);
+}
+
 TEST_CASE("a hook that waits for a gradient stays with its parameter", "[monitor]") {
   struct Hook : torch::autograd::PostAccumulateGradHook {
     explicit Hook(int& calls) : calls(calls) {}

@@ -310,6 +310,9 @@ TEST_CASE("excluded layers stay, and an item that matches nothing is refused fir
   CHECK(report.left["fc"] == "excluded by f?");
   CHECK(report.left["body.2.0"] == "excluded by body.2.*");
   CHECK(is<GELUImpl>(*net, "body.2.1"));
+  Holder whole;  // what is in an excluded module stays too
+  CHECK(halfstep::swap_layers_(*whole, {"body"}).swapped.is_empty());
+  CHECK(halfstep::swap_layers_(*whole, {"body.2"}).left["body.2.1"] == "excluded by body.2");
 
   Sequential plain(Linear(2, 2), GELU());
   const auto before = plain->ptr(0);

@@ -36,6 +36,8 @@ def test_it_gives_what_torch_ops_gives():
     (([], []), {"scale": 1}, TypeError, "was given an argument it does not take"),
     ((torch.zeros(2), []), {}, TypeError, "grads is Tensor; expected a list"),
     (([torch.zeros(2), 1.0], []), {}, TypeError, r"grads\[1\] is float; expected a tensor"),
+    ((1.0, []), {}, TypeError, "grads is float; expected a list"),
+    ((iter([]), []), {}, TypeError, "grads is list_iterator; expected a list"),
     (([None], [None]), {}, TypeError, r"table\[0\] is NoneType; expected a tensor"),
     (([torch.zeros(2, dtype=torch.int64)], []), {}, RuntimeError, r"grads\[0\] is torch.int64\[2\]"),
 ])
@@ -43,6 +45,18 @@ def test_wrong_arguments_are_named(args, kwargs, error, text):
     with pytest.raises(error, match=text) as raised:
         stats(*args, **kwargs)
     assert "Exception raised from" not in str(raised.value)  # no C++ stack
+
+
+@pytest.mark.parametrize("changed, text", [
+    ({"weight_decay": "0.1"}, "weight_decay is '0.1'; expected a number"), ({"momentum": None}, "momentum is None; expected a number"),
+    ({"seed": 1.5}, "seed is 1.5; expected an integer"), ({"nesterov": None}, "nesterov is None; expected a bool"), ({"maximize": "no"}, "maximize is 'no'; expected a bool")])
+def test_wrong_numbers_are_named(changed, text):
+    group = {"ema_decay": 1.0, "stochastic": False, "seed": 0, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+    counts = torch.zeros(1, dtype=torch.int64)
+    args = [torch.ones(2)], [torch.ones(2)], [torch.empty(0)], [], [], [], counts, counts.clone(), torch.zeros((), dtype=torch.float64), None, []
+    _C.Operator("sgd_step_")(*args, **group)
+    with pytest.raises(TypeError, match=text):
+        _C.Operator("sgd_step_")(*args, **{**group, **changed})
 
 
 def test_an_unknown_op_is_named():
@@ -111,6 +125,19 @@ def test_a_step_uses_the_tensors_that_a_group_holds_now():
         params, other = after(disturb)
         assert all(torch.equal(a, b) for a, b in zip(params, plain))
         assert all(torch.equal(a, b) for a, b in zip(opt.master_params(), other.master_params()))
+
+
+def test_what_was_replaced_is_given_up_before_the_next_step():
+    param = torch.nn.Parameter(torch.randn(6, 4).half())
+    opt = hs.optim.AdamW([param])
+    param.grad = torch.randn(6, 4).half()
+    opt.step()
+    room = opt._rooms[0]
+    old = [weakref.ref(t) for t in (room.raw[0], room.masters[0], room.states["exp_avg"][0])]
+    param.data = param.detach().t().contiguous().t()  # other strides
+    opt.state_dict()
+    gc.collect()
+    assert not any(ref() is not None for ref in old)
 
 
 def test_versions_and_addresses_are_torchs():

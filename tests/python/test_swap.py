@@ -84,6 +84,7 @@ def test_what_is_not_known_is_left_and_says_why():
     assert report.swapped == {"plain": "Linear"}
     assert report.left == {"mine": "Mine derives from Linear", "tied": "Linear with a parametrization", "head": "excluded by head", "norms.0": "excluded by norms.*", "norms.1": "excluded by norms.*"}
     assert "left 'mine': Mine derives from Linear" in str(report) and type(model["head"]) is nn.Linear
+    assert hs.swap_layers_(model, exclude=["norms", "head"]).left["norms.1"] == "excluded by norms"  # with all that is in it
     assert hs.swap_layers_(model, exclude=nn.LayerNorm).left["norms.0"] == "excluded by LayerNorm"
     root = nn.Linear(2, 2)
     assert hs.swap_layers_(root).swapped == {"": "Linear"} and type(root) is hs.nn.Linear

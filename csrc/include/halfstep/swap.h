@@ -35,8 +35,9 @@ HALFSTEP_API std::ostream& operator<<(std::ostream& stream, const SwapReport& re
 /// ModuleList holds is left, with what to write instead; so are classes that derive from torch's,
 /// and layers with an option or a dtype that ours does not have.
 ///
-/// `exclude`: paths and globs ("head", "blocks.0.*") of layers that stay stock; one that matches no
-/// module throws ValueError before anything is changed. Swapping twice changes nothing.
+/// `exclude`: paths and globs ("head", "blocks.0.*") of modules that stay stock, with all that is
+/// in them; one that matches no module throws ValueError before anything is changed. Swapping twice
+/// changes nothing.
 HALFSTEP_API SwapReport swap_layers_(torch::nn::Module& model,
                                      const std::vector<std::string>& exclude = {});
 
