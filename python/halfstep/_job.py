@@ -12,6 +12,7 @@ import torch
 
 from . import _decisions, optim
 from ._islands import islands_
+from ._qat import KINDS, quantize_
 from ._replay import policy_of
 from .amp import GradScaler, autocast
 from .cast import cast_model
@@ -24,7 +25,8 @@ PRESETS = {
     "fp16-s1": dict(compute="fp16", weights="cast", policy="static(scale=1)"),
 }
 _CHOICES = {"compute": ("fp32", "fp16", "bf16"), "weights": ("cast", "autocast"), "states": ("fp32", "bf16", "int8"),
-            "master": ("auto", "fp32", "fp64", "split16", "split8", "kahan", "stochastic", "none"), "grad_dtype": ("param", "fp32"), "optimizer": ("auto", "torch", "halfstep")}
+            "master": ("auto", "fp32", "fp64", "split16", "split8", "kahan", "stochastic", "none"), "grad_dtype": ("param", "fp32"), "optimizer": ("auto", "torch", "halfstep"),
+            "qat": (None, *KINDS)}
 _DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -45,6 +47,7 @@ class Arm:
     policy: "str | None" = None      #: loss scale: a preset or policy, `dynamic`, `static(scale=1024)`, `megatron`; None: Dynamic
     keep_fp32: "str | None" = None   #: names or globs of modules that stay FP32, `head|*.norm*`; None: all norms
     islands: "str | None" = None     #: names or globs of modules of a 16-bit model that compute in FP32 (docs/precision.md), `2|blocks.3.*`
+    qat: "str | None" = None         #: layers compute with weights rounded to int8 (w8), inputs too (w8a8), or to int4 (w4)
     optimizer_from: str = "auto"     #: torch or halfstep; auto: torch's in the fp32 arm where it takes every argument, else halfstep's
     device: str = "cpu"              #: cpu or cuda: where make() is to put model and data
     fingerprint: "str | None" = field(default=None, init=False, repr=False)  #: of the weights that apply() was given
@@ -54,7 +57,7 @@ class Arm:
         for key, value in self.options().items():
             allowed = _CHOICES.get("optimizer" if key == "optimizer_from" else key)
             if allowed and value not in allowed:
-                raise ValueError(f"arm {self.name!r}: {key.removesuffix('_from')} is {value!r}; expected one of {', '.join(allowed)}")
+                raise ValueError(f"arm {self.name!r}: {key.removesuffix('_from')} is {value!r}; expected one of {', '.join(filter(None, allowed))}")
         if self.islands is not None and self.compute == "fp32":
             raise ValueError(f"arm {self.name!r}: islands is {self.islands}, but compute is fp32: all of the model is in FP32")
         if self.policy is not None and self.compute != "fp16":
@@ -75,8 +78,6 @@ class Arm:
         options, known = {"name": text, **PRESETS[preset]}, {f.name.removesuffix("_from"): f.name for f in fields(cls) if f.init and f.name != "device"}
         for pair in _split(rest):
             key, equals, value = pair.partition("=")
-            if key.strip() == "qat":
-                raise ValueError(f"arm {text!r}: quantization-aware training is not part of this version")
             if not equals or key.strip() not in known:
                 raise ValueError(f"arm {text!r}: {pair!r} is no option; expected key=value with one of {', '.join(known)}")
             options[known[key.strip()]] = value.strip()
@@ -104,6 +105,8 @@ class Arm:
             cast_model(model, self.dtype, keep_fp32=None if self.keep_fp32 is None else self.keep_fp32.split("|"))
         elif self.keep_fp32 is not None and self.compute != "fp32":
             raise ValueError(f"arm {self.name!r}: keep_fp32 keeps weights of a cast model; with weights=autocast it would do nothing; islands compute in FP32 there")
+        if self.qat is not None:
+            quantize_(model, self.qat)
         if self.islands is not None:
             islands_(model, self.islands.split("|"))
         return model

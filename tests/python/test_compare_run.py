@@ -89,6 +89,17 @@ def test_what_a_run_measures(tmp_path):
     assert matrix["float64"]["max_error"] == 0 < matrix["float32"]["max_error"] < 1e-4 < matrix["float16"]["max_error"] < 1e-1
 
 
+@pytest.mark.parametrize("text", ["fp32:qat=w8a8", "mixed:qat=w4", "autocast:qat=w8"])
+def test_a_run_with_quantized_layers(tmp_path, text):
+    path = write(tmp_path)
+    plain, run = (measured(path, arm) for arm in (text.partition(":")[0], text))
+    json.dumps(run, allow_nan=False)
+    assert run["weights_fingerprint"] == plain["weights_fingerprint"] and run["data_fingerprint"] == plain["data_fingerprint"]
+    assert run["losses"] != plain["losses"] and run["metrics"]["accuracy"] > 0.7
+    assert {t["kind"] for t in (run["shares"] or {"tensors": []})["tensors"]} == {t["kind"] for t in (plain["shares"] or {"tensors": []})["tensors"]}
+    assert 0 <= run["matrix"]["float32"]["max_error"] < 0.1 and run["ledger"] == plain["ledger"]
+
+
 def test_looking_changes_no_weight(tmp_path):
     path = write(tmp_path)
     a, b = measured(path, look=True), measured(path, look=False)
@@ -117,7 +128,7 @@ def test_scale_steps_and_skips_come_from_the_trace(tmp_path):
     ("nope", "arm 'nope': 'nope' is no preset; expected one of fp32, mixed"), ("mixed:mastr=fp32", "'mastr=fp32' is no option; expected key=value with one of"),
     ("mixed:master=fp31", "master is 'fp31'; expected one of auto, fp32"), ("mixed:policy=statik(scale=1)", "policy preset 'statik' is unknown"),
     ("mixed:policy=static(scale", "policy is 'static(scale'; expected a name, or name(key=value,…)"), ("mixed:policy=recorded", "for replays only"),
-    ("mixed:qat=int8", "quantization-aware training is not part of this version"), ("fp32:compute=fp8", "compute is 'fp8'"),
+    ("mixed:qat=int8", "qat is 'int8'; expected one of w8, w8a8, w4"), ("fp32:compute=fp8", "compute is 'fp8'"),
     ("bf16:policy=static(scale=8)", "policy is static(scale=8), but only FP16 losses are scaled and compute is bf16"),
 ])
 def test_an_arm_that_cannot_be_is_refused_by_name(text, message):
