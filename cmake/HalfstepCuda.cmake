@@ -1,8 +1,9 @@
 # libhalfstep_cuda.so: the kernels of cuda/ (no torch header) and their glue in csrc/cuda.
 #
-# HALFSTEP_CUDA_ARCHITECTURES: "release" for every card that this toolkit and we support, "native" for
-# the cards present, or a list as CMAKE_CUDA_ARCHITECTURES takes it. Default: native where there is a
-# card, else three generations and PTX for later ones.
+# HALFSTEP_CUDA_ARCHITECTURES: "release" for every card that this toolkit and we support, "majors" for one
+# of each major version (the others of a version run its code), "native" for the cards present, or a list as
+# CMAKE_CUDA_ARCHITECTURES takes it. Default: native where there is a card, else three generations and PTX
+# for later ones.
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(architectures "${HALFSTEP_CUDA_ARCHITECTURES}")
   if(NOT architectures)
@@ -14,6 +15,8 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
         set(architectures native)
       endif()
     endif()
+  elseif(architectures STREQUAL "majors")
+    set(architectures 75-real 80-real 90-real 100-real 120)
   elseif(architectures STREQUAL "release")
     set(architectures 75-real 80-real 86-real 89-real 90-real 100-real 120)
     execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --version OUTPUT_VARIABLE nvcc_version)

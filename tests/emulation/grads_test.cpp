@@ -130,7 +130,7 @@ TEST_CASE("rows that are known already give the bits of reading them all", "[gra
   emulation::Rows all;
   std::vector<math::StepTensor> tensors;
   std::vector<int64_t> numels;
-  for (int64_t i = 0; i < 300; ++i) {  // more rows than threads add at a time
+  for (int64_t i = 0; i < 260; ++i) {  // more rows than threads add at a time
     numels.push_back(i == 7 ? 0 : i == 8 ? cuda::kChunk + 5 : 3 + i % 11);
     grads.push_back(make_grad(kDtypes[i % 4], numels.back(), uint64_t(i), i == 40 || i == 171));
     math::StepTensor tensor;
@@ -149,7 +149,7 @@ TEST_CASE("rows that are known already give the bits of reading them all", "[gra
     cuda::grad_stats_rows(table, partials.data(), known.data(), nullptr);
   }
   CHECK(std::memcmp(known.data(), expected.data(), known.bytes().size()) == 0);
-  for (const int64_t every : {1, 3, 1000}) {  // none, some and all but the first are known
+  for (const int64_t every : {3, 1000}) {  // some, and all but the first are known
     emulation::Rows rows;
     for (int64_t i = 0; i < n; ++i)
       rows.add(tensors[size_t(i)], i % every == 0 ? numels[size_t(i)] : cuda::kKnown);
@@ -163,7 +163,7 @@ TEST_CASE("rows that are known already give the bits of reading them all", "[gra
           CHECK(out.bytes() == expected.bytes());
           return out.bytes();
         },
-        every == 1000 ? emulation::Orders::kAll : emulation::Orders::kThree);
+        emulation::Orders::kThree);  // of the kernel itself all orders are tested above
     for (const auto& finding : findings) FAIL(finding);
   }
 }
