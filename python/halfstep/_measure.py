@@ -37,7 +37,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
 
     def peak(self):
-        peak = None if self._before is None else _status("VmHWM")
+        peak = None if self._before is None else max(_status("VmHWM"), self._before)  # the kernel counts both in batches
         return {"peak_bytes": peak, "before_bytes": self._before, "method": self._method,
                 "cuda_peak_bytes": torch.cuda.max_memory_allocated() if self._cuda else None}
 
