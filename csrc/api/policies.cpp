@@ -377,7 +377,7 @@ Dynamic preset(const std::string& name, bool faithful) {
     if (high == kHighestScale) high = flax ? 0x1.fffffep127 : INFINITY;
     return policy.faithful_to(entry.bounds);
   }
-  TORCH_CHECK(false, "policy preset '", name, "' is unknown; known: ", known);
+  C10_THROW_ERROR(Error, c10::str("policy preset '", name, "' is unknown; known: ", known));
 }
 
 }  // namespace halfstep::policies
