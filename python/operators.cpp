@@ -1,5 +1,5 @@
-// What a step asks of a thousand parameters, and memory. Through torch.ops a tensor in a list costs
-// some 70 ns, and a Python loop as much an element, which is most of a step over small tensors.
+// What a step asks of a thousand parameters. Through torch.ops a tensor in a list costs some 70 ns,
+// and a Python loop as much an element, which is most of a step over small tensors.
 
 #include "operators.h"
 
@@ -44,7 +44,7 @@ T number(const std::string& name, py::handle value, const char* expected) {
 }
 
 template <class T>
-c10::IValue list_of(const std::string& name, py::handle value) {
+c10::List<T> list_of(const std::string& name, py::handle value) {
   c10::List<T> list;
   for_each_item(name, value, [&](PyObject* item, Py_ssize_t i) {
     if constexpr (std::is_same_v<T, std::optional<at::Tensor>>)
@@ -61,14 +61,10 @@ class TensorList {
  public:
   TensorList& of(const py::list& tensors) {
     if (!holds(tensors)) {
-      std::vector<py::object> items;
-      c10::List<at::Tensor> list;
-      for_each_item("tensors", tensors, [&](PyObject* item, Py_ssize_t i) {
-        list.push_back(tensor_of("tensors", item, i));
-        items.push_back(py::reinterpret_borrow<py::object>(item));
-      });
-      items_ = std::move(items);
-      list_ = std::move(list);
+      list_ = list_of<at::Tensor>("tensors", tensors);
+      items_.clear();
+      for (const py::handle item : tensors)
+        items_.push_back(py::reinterpret_borrow<py::object>(item));
     }
     return *this;
   }
@@ -82,8 +78,8 @@ class TensorList {
     return true;
   }
 
-  std::vector<py::object>
-      items_;  // the objects, so that none is taken for a later one at its address
+  /// The objects, so that none is taken for a later one at its address.
+  std::vector<py::object> items_;
   c10::List<at::Tensor> list_;
 };
 

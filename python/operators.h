@@ -4,7 +4,7 @@
 
 namespace halfstep::python {
 
-/// `Operator`, `versions` and `pointers` of operators.cpp.
+/// `Operator`, `TensorList`, `versions`, `pointers`; `release_freed_memory` of csrc/api/memory.h.
 void bind_operators(pybind11::module_& m);
 
 }  // namespace halfstep::python

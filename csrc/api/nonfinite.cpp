@@ -208,7 +208,7 @@ struct NonFiniteFinder::State {
     const auto inputs = fn.inputs();
     for (size_t i = 0; i < schema.arguments().size() && i < inputs.size(); ++i) {
       const auto& argument = schema.arguments()[i];
-      const bool written = argument.alias_info() && argument.alias_info()->isWrite();
+      const bool written = api::is_written(argument);
       const bool read = !argument.is_out() && !(written && overwrites(seen.op));
       add(seen.arguments, argument.name(), inputs[i], written, read);
     }

@@ -3,6 +3,7 @@
 // What callbacks of RecordFunction need that look at the ops of a run.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/function_schema.h>
 #include <ATen/core/ivalue.h>
 #include <ATen/record_function.h>
 #include <c10/core/DispatchKeySet.h>
@@ -27,6 +28,11 @@ class Running {
  private:
   int& count_;
 };
+
+/// Whether an op writes into this argument.
+inline bool is_written(const c10::Argument& argument) {
+  return argument.alias_info() && argument.alias_info()->isWrite();
+}
 
 /// visit(tensor, index) of each tensor of an argument or a result; index: in its list, or -1.
 template <class Visit>

@@ -15,15 +15,11 @@ namespace halfstep::api {
 
 namespace {
 
-bool is_written(const c10::Argument& argument) {
-  return argument.alias_info() && argument.alias_info()->isWrite();
-}
-
 /// The names that the schema gives to what it shares; those of a list are one level below.
 std::vector<c10::Symbol> shared_names(const c10::Argument& argument) {
   std::vector<c10::Symbol> names;
   const c10::AliasInfo* info = argument.alias_info();
-  if (!info || info->isWrite()) return names;
+  if (!info || is_written(argument)) return names;
   names.assign(info->beforeSets().begin(), info->beforeSets().end());
   for (const auto& inner : info->containedTypes())
     names.insert(names.end(), inner.beforeSets().begin(), inner.beforeSets().end());

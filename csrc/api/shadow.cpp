@@ -205,12 +205,12 @@ const LayerParameter* Shadow::parameter_of(const at::Tensor& tensor) const {
 bool Shadow::is_call(const c10::FunctionSchema& schema, c10::ArrayRef<c10::IValue> inputs) const {
   bool exclusive = false, first = false, foreign = false, edited = false;
   for (size_t i = 0; i < inputs.size(); ++i) {
-    const auto* alias = schema.arguments()[i].alias_info();
+    const bool written = is_written(schema.arguments()[i]);
     each_tensor(inputs[i], [&](const at::Tensor& tensor, int64_t) {
       if (const LayerParameter* p = parameter_of(tensor)) {
         exclusive |= !p->shared;
         first |= p->first;
-        edited |= alias && alias->isWrite();
+        edited |= written;
       } else if (const auto other = others_.find(key(tensor)); other != others_.end()) {
         foreign |= other->second;
       }

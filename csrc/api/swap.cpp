@@ -131,8 +131,9 @@ class Swap {
       : exclude_(exclude), used_(exclude.size(), false) {}
 
   void plan(Module& model) {
-    look("", model, nullptr, {}, nullptr);
-    children_of("", model, excluded(""));
+    const std::string* hit = excluded("");
+    look("", model, nullptr, {}, hit);
+    children_of("", model, hit);
     for (size_t i = 0; i < exclude_.size(); ++i)
       TORCH_CHECK_VALUE(used_[i], "swap_layers_: exclude '", exclude_[i],
                         "' matches no module; the model has ", first_paths());
@@ -160,16 +161,16 @@ class Swap {
       const auto entry = held.find(child.key());
       const Place place{list, child.key(), entry == held.end() ? nullptr : entry->second, nullptr};
       const std::string name = path.empty() ? child.key() : path + "." + child.key();
-      look(name, *child.value(), &parent, place, above);
-      const std::string* hit = excluded(name);
-      children_of(name, *child.value(), above ? above : hit);
+      const std::string *own = excluded(name), *hit = above ? above : own;
+      look(name, *child.value(), &parent, place, hit);
+      children_of(name, *child.value(), hit);
     }
   }
 
+  /// `hit`: the item that excludes it, or null.
   void look(const std::string& path, const Module& module, const Module* parent, Place place,
-            const std::string* above) {
+            const std::string* hit) {
     paths_.push_back(path);
-    const std::string* hit = above ? above : excluded(path);
     place.kind = stock_kind(module);
     if (!place.kind) return;
     std::string why = hit ? "excluded by " + *hit : unsupported(module, *place.kind);

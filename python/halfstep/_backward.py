@@ -5,7 +5,7 @@ import weakref
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from ._library import H
+from ._library import H, grad_stats
 
 ROW = 8  # columns of grad_stats
 
@@ -64,7 +64,7 @@ class BackwardStats:
         stale = [i for i in there if not self._fresh(i, grads[i])]
         self.reread = len(stale)
         if len(stale) == len(there) or grads[there[0]].device != self.rows.device:
-            return H.grad_stats(grads, table)
+            return grad_stats(grads, table)
         return H.grad_stats_rest(grads, self.rows, stale, table)
 
     def forget(self):
