@@ -108,14 +108,15 @@ struct Partial {
       if (k < lanes && x[k] > most) most = x[k];
     }
     if (most > max) {
-      rest *= double(math::exp(max - most));
+      rest *= double(math::exp_negative(max - most));
       max = most;
     }
     T sum = 0;
     HALFSTEP_UNROLL
     for (int k = 0; k < kGroup; ++k) {
       // Where all so far is -inf the terms are 0, but a NaN stays one.
-      const T term = max == -T(INFINITY) ? (x[k] == x[k] ? T(0) : x[k]) : math::exp(x[k] - max);
+      const T term =
+          max == -T(INFINITY) ? (x[k] == x[k] ? T(0) : x[k]) : math::exp_negative(x[k] - max);
       if (k < lanes && k != skip) sum += term;
       if (smooths && k < lanes)
         weighted += (weights ? double(read(weights + k)) : 1) * double(x[k]);
@@ -176,7 +177,8 @@ __device__ Group<T, kGroup> gradient(const LossRows& p, const math::RowGradient&
   Group<T, kGroup> out = {};
   HALFSTEP_UNROLL
   for (int k = 0; k < kGroup; ++k) {
-    const T term = math::exp(math::load_scalar<T>(raw.x, kDtype, k) - T(g.max));
+    const T term = math::exp_negative<math::dtype_size(kDtype) == 2>(
+        math::load_scalar<T>(raw.x, kDtype, k) - T(g.max));
     out.x[k] = term * T(g.slope);
     if (g.shift != 0 && k < lanes) {
       const T weight = weights ? read(weights + first + k) : T(1);
@@ -232,11 +234,11 @@ __global__ void __launch_bounds__(kThreads) loss_rows(LossRows p) {
       }
       const T max = reduce_max(mine.max, largest);
       // A thread without elements has -inf and 0.
-      const double shrink = mine.max == max ? 1 : double(math::exp(mine.max - max));
+      const double shrink = mine.max == max ? 1 : double(math::exp_negative(mine.max - max));
       stats = {double(max), double(T(reduce_sum(mine.rest * shrink, sums)))};
       const double weighted = smooths ? reduce_sum(mine.weighted, sums) : 0;
       if (threadIdx.x == 0) {
-        const double term = double(math::exp(T(logit) - max));
+        const double term = double(math::exp_negative(T(logit) - max));
         write(p.losses + row, math::row_loss(numbers, stats, logit, term, label.weight,
                                              weight_sum * stats.max - weighted));
         write(stats_at, T(stats.max));
@@ -249,7 +251,7 @@ __global__ void __launch_bounds__(kThreads) loss_rows(LossRows p) {
       const double divisor = p.is_mean ? read_uniform(p.sums) : 1;
       const double upstream = number(p.upstream, p.per_row ? row : 0);
       const math::RowGradient g =
-          math::row_gradient(numbers, stats, double(math::exp(T(logit) - T(stats.max))),
+          math::row_gradient(numbers, stats, double(math::exp_negative(T(logit) - T(stats.max))),
                              label.weight, upstream / divisor);
       // The label's logit has been read by all before a gradient may take its place.
       __syncthreads();

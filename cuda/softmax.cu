@@ -112,8 +112,9 @@ struct Row {
   HALFSTEP_FN T factor() const { return mask.data ? T(1) : scale; }
 
   HALFSTEP_FN T exponential(T v, T top) const {
-    return dtype == Dtype::kF32 ? math::softmax_exp<true>(v, factor(), top)
-                                : math::softmax_exp<false>(v, factor(), top);
+    if constexpr (sizeof(T) == 8) return math::softmax_exp<Dtype::kF64>(v, factor(), top);
+    return dtype == Dtype::kF32 ? math::softmax_exp<Dtype::kF32>(v, factor(), top)
+                                : math::softmax_exp<Dtype::kF16>(v, factor(), top);
   }
 
   /// e / total; a row that is not ordinary is NaN where an element takes part.
@@ -214,11 +215,12 @@ __global__ void __launch_bounds__(kThreads) forward_streamed(SoftmaxRows all) {
         const bool counts = (taking >> k & 1) && v.x[k] * row.factor() != none;
         partial += counts ? row.exponential(v.x[k], top) : T(0);
       }
-      sum = (largest == top ? sum : sum * double(math::exp(largest - top))) + double(partial);
+      sum = (largest == top ? sum : sum * double(math::exp_negative(largest - top))) +
+            double(partial);
       largest = top;
     }
     const T top = T(reduce_row<kThreads>(double(largest), Larger(), shared));
-    if (largest != top) sum *= double(math::exp(largest - top));
+    if (largest != top) sum *= double(math::exp_negative(largest - top));
     const double total = reduce_row<kThreads>(sum, Sum(), shared);
     const bool ordinary = is_ordinary(total);
     const math::Inverse<T> inverse(total);

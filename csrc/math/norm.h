@@ -34,15 +34,16 @@ struct NormRow {
 template <class T>
 HALFSTEP_FN NormRow<T> norm_row(T mean, double sum, double squares, int64_t n, double eps,
                                 bool centred) {
-  const double rest = centred ? sum / double(n) : 0;
-  double variance = squares / double(n) - rest * rest;
+  const double share = 1 / double(n), rest = centred ? sum * share : 0;
+  double variance = squares * share - rest * rest;
   if (variance < 0) variance = 0;
   return {mean, T(rest), T(1 / sqrt(variance + eps))};
 }
 
 template <class V, class T>
 HALFSTEP_FN V normalise(V x, const NormRow<T>& row) {
-  return (x - broadcast<V>(row.mean) - broadcast<V>(row.rest)) * broadcast<V>(row.rstd);
+  return fma(x - broadcast<V>(row.mean), broadcast<V>(row.rstd),
+             broadcast<V>(-(row.rest * row.rstd)));
 }
 
 /// What the gradient of a row is formed with.
@@ -61,8 +62,8 @@ HALFSTEP_FN V norm_near_z(V x, T mean, T rstd) {
 template <class T>
 HALFSTEP_FN NormSlope<T> norm_slope(T rstd, double sum, double g, double gz, int64_t n,
                                     bool centred) {
-  const double rest = centred ? sum / double(n) : 0;
-  return {T(rest), rstd, T(centred ? g / double(n) : 0), T((gz - rest * g) / double(n))};
+  const double share = 1 / double(n), rest = centred ? sum * share : 0;
+  return {T(rest), rstd, T(centred ? g * share : 0), T((gz - rest * g) * share)};
 }
 
 /// z from d rstd, and dx from g and z.

@@ -49,17 +49,19 @@ HALFSTEP_FN V masked_logit(const V& x, const V& scale, const V& mask) {
   return select(mask == none, none, fma(x, scale, mask));
 }
 
-/// exp(scale * x - top). kExact: with what the product and the difference dropped, which in FP32 is
-/// most of a small result's error; below 16 bits it does not show.
-template <bool kExact, class V>
+/// exp(scale * x - top), where scale * x <= top but for its rounding. FP32: with what the product
+/// and the difference dropped, which is most of a small result's error; below 16 bits it does not
+/// show.
+template <Dtype kDtype, class V>
 HALFSTEP_FN V softmax_exp(const V& x, const V& scale, const V& top) {
   const V zero = broadcast<V>(0);
-  if constexpr (!kExact) return exp(fma(x, scale, zero - top));
+  if constexpr (kDtype != Dtype::kF32)
+    return exp_negative<dtype_size(kDtype) == 2>(fma(x, scale, zero - top));
   const V product = x * scale, difference = product - top;
   const V back = difference - product;
   const V dropped =
       fma(x, scale, zero - product) + ((product - (difference - back)) - (top + back));
-  const V e = exp(difference);
+  const V e = exp_negative(difference);
   return fma(e, select(dropped == dropped, dropped, zero), e);
 }
 

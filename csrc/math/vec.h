@@ -12,6 +12,9 @@
 #elif defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if !defined(__CUDACC__)
+#include <utility>
+#endif
 
 HALFSTEP_MATH_BEGIN
 
@@ -307,6 +310,26 @@ HALFSTEP_FN F32 at_most(const F32& x, float bound) {
   }
   return r;
 }
+/// The larger of x and `best`, which is no NaN; for a NaN x `best`.
+HALFSTEP_FN F32 larger(const F32& x, const F32& best) {
+  F32 r;
+  for (int k = 0; k < F32::kPieces; ++k) {
+#if defined(__AVX512F__)
+    r.piece[k] = _mm512_max_ps(x.piece[k], best.piece[k]);  // the second where one is NaN
+#elif defined(__AVX2__)
+    r.piece[k] = _mm256_max_ps(x.piece[k], best.piece[k]);
+#else
+    r.piece[k] = x.piece[k] > best.piece[k] ? x.piece[k] : best.piece[k];
+#endif
+  }
+  return r;
+}
+HALFSTEP_FN F64 larger(const F64& x, const F64& best) {
+  F64 r;
+  for (int k = 0; k < F64::kPieces; ++k)
+    r.piece[k] = x.piece[k] > best.piece[k] ? x.piece[k] : best.piece[k];
+  return r;
+}
 HALFSTEP_FN F32 fma(const F32& a, const F32& b, const F32& c) {
   F32 r;
   for (int k = 0; k < F32::kPieces; ++k) {
@@ -411,19 +434,43 @@ HALFSTEP_FN U32 max(const U32& a, const U32& b) {
   return select(a >= b, a, b);
 #endif
 }
-/// The largest lane.
-HALFSTEP_FN uint32_t max_lane(const U32& a) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_epu32((__m512i)a.piece[0]);
-#else
-  U32 folded = a;
-  for (int k = 1; k < U32::kPieces; ++k)
-    folded.piece[0] = folded.piece[0] >= folded.piece[k] ? folded.piece[0] : folded.piece[k];
-  uint32_t lanes[kRegister / 4], largest = 0;
-  __builtin_memcpy(lanes, &folded.piece[0], sizeof(lanes));
-  for (const uint32_t lane : lanes) largest = lane > largest ? lane : largest;
-  return largest;
-#endif
+namespace detail {
+
+/// Lane i + kStep in lane i.
+template <int kStep, class Native, int... kLane>
+HALFSTEP_FN Native turned(const Native& x, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(x, x, ((kLane + kStep) % int(sizeof...(kLane)))...);
+}
+template <int kWidth, class T, class Op>
+HALFSTEP_FN T fold_register(const typename Pack<T>::Native& x, const Op& op) {
+  if constexpr (kWidth == 1) {
+    return x[0];
+  } else {
+    using Lanes = std::make_integer_sequence<int, int(kRegister / sizeof(T))>;
+    return fold_register<kWidth / 2, T>(op(x, turned<kWidth / 2>(x, Lanes())), op);
+  }
+}
+
+/// ((0 op 8) op (4 op 12)) op …: one tree on every instruction set. `op` takes registers.
+template <class T, class Op>
+HALFSTEP_FN T fold_lanes(const Pack<T>& a, const Op& op) {
+  Pack<T> x = a;
+  for (int width = Pack<T>::kPieces / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; ++k) x.piece[k] = op(x.piece[k], x.piece[k + width]);
+  return fold_register<int(kRegister / sizeof(T)), T>(x.piece[0], op);
+}
+
+}  // namespace detail
+
+/// The sum of all lanes.
+template <class T>
+HALFSTEP_FN T sum_lanes(const Pack<T>& a) {
+  return detail::fold_lanes(a, [](const auto& x, const auto& y) { return x + y; });
+}
+/// The largest lane; none is NaN.
+template <class T>
+HALFSTEP_FN T max_lane(const Pack<T>& a) {
+  return detail::fold_lanes(a, [](const auto& x, const auto& y) { return x >= y ? x : y; });
 }
 HALFSTEP_FN F32 to_float(const I32& a) {
   F32 r;

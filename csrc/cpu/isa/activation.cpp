@@ -19,11 +19,12 @@ void forward(math::Activation activation, Dtype dtype, const void* x, void* y, i
   with_elements(dtype, [&](auto elements) {
     with_activation(activation, [&](auto curve) {
       using E = decltype(elements);
-      for_each_pack(n, [&](int64_t i, auto lanes) {
-        E::store(y, i,
-                 decltype(curve)::template value<E::dtype == Dtype::kF16>(E::load(x, i, lanes)),
-                 lanes);
-      });
+      for_each_pack(
+          n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+            E::store(y, i,
+                     decltype(curve)::template value<E::dtype == Dtype::kF16>(E::load(x, i, lanes)),
+                     lanes);
+          });
     });
   });
 }
@@ -33,13 +34,14 @@ void backward(math::Activation activation, Dtype dtype, const void* grad, const 
   with_elements(dtype, [&](auto elements) {
     with_activation(activation, [&](auto curve) {
       using E = decltype(elements);
-      for_each_pack(n, [&](int64_t i, auto lanes) {
-        const auto d = E::load(grad, i, lanes);
-        E::store(
-            dx, i,
-            decltype(curve)::template gradient<E::dtype == Dtype::kF16>(d, E::load(x, i, lanes)),
-            lanes);
-      });
+      for_each_pack(
+          n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+            const auto d = E::load(grad, i, lanes);
+            E::store(dx, i,
+                     decltype(curve)::template gradient<E::dtype == Dtype::kF16>(
+                         d, E::load(x, i, lanes)),
+                     lanes);
+          });
     });
   });
 }
@@ -51,12 +53,13 @@ int64_t gated(math::Activation activation, Dtype dtype, bool counts, const void*
     with_gate(activation, [&](auto curve) {
       using E = decltype(elements);
       const auto bound = math::overflow_bound<typename E::T>(E::dtype);
-      for_each_pack(n, [&](int64_t i, auto lanes) {
-        const auto g = E::load(gate, i, lanes), u = E::load(up, i, lanes);
-        const auto result = decltype(curve)::template value<E::dtype == Dtype::kF16>(g) * u;
-        E::store(y, i, result, lanes);
-        if (counts) total += math::count(math::overflows(result, g, u, bound));
-      });
+      for_each_pack(
+          n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+            const auto g = E::load(gate, i, lanes), u = E::load(up, i, lanes);
+            const auto result = decltype(curve)::template value<E::dtype == Dtype::kF16>(g) * u;
+            E::store(y, i, result, lanes);
+            if (counts) total += math::count(math::overflows(result, g, u, bound));
+          });
     });
   });
   return total;
@@ -67,14 +70,15 @@ void gated_backward(math::Activation activation, Dtype dtype, const void* grad, 
   with_elements(dtype, [&](auto elements) {
     with_gate(activation, [&](auto curve) {
       using E = decltype(elements);
-      for_each_pack(n, [&](int64_t i, auto lanes) {
-        const auto d = E::load(grad, i, lanes), u = E::load(up, i, lanes);
-        const auto at =
-            decltype(curve)::template curve<E::dtype == Dtype::kF16>(E::load(gate, i, lanes));
-        // The slope is at most 1.13: in this order nothing overflows that need not.
-        E::store(dgate, i, d * at.slope * u, lanes);
-        E::store(dup, i, d * at.value, lanes);
-      });
+      for_each_pack(
+          n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+            const auto d = E::load(grad, i, lanes), u = E::load(up, i, lanes);
+            const auto at =
+                decltype(curve)::template curve<E::dtype == Dtype::kF16>(E::load(gate, i, lanes));
+            // The slope is at most 1.13: in this order nothing overflows that need not.
+            E::store(dgate, i, d * at.slope * u, lanes);
+            E::store(dup, i, d * at.value, lanes);
+          });
     });
   });
 }
@@ -107,12 +111,14 @@ void dropout_add(Dtype dtype, const void* x, const void* bias, const void* resid
     using E = decltype(elements);
     const auto factor = broadcast<typename E::V>(typename E::T(scale));
     const auto zero = broadcast<typename E::V>(0);
-    for_each_pack(n, [&](int64_t i, auto lanes) {
-      const auto b = bias ? E::load(bias, i, lanes) : zero;
-      const auto r = E::load(residual, i, lanes);
-      E::store(y, i, math::dropout_add(E::load(x, i, lanes), b, r, factors(kept, i, lanes, factor)),
-               lanes);
-    });
+    for_each_pack(
+        n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          const auto b = bias ? E::load(bias, i, lanes) : zero;
+          const auto r = E::load(residual, i, lanes);
+          E::store(y, i,
+                   math::dropout_add(E::load(x, i, lanes), b, r, factors(kept, i, lanes, factor)),
+                   lanes);
+        });
   });
 }
 
@@ -122,11 +128,12 @@ void dropout_backward(Dtype dtype, const void* grad, const float* kept, double s
     using E = decltype(elements);
     using Sums = Elements<E::dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32>;
     const auto factor = broadcast<typename E::V>(typename E::T(scale));
-    for_each_pack(n, [&](int64_t i, auto lanes) {
-      const auto d = E::load(grad, i, lanes) * factors(kept, i, lanes, factor);
-      E::store(dx, i, d, lanes);
-      if (sums) Sums::store(sums, i, Sums::load(sums, i, lanes) + d, lanes);
-    });
+    for_each_pack(
+        n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          const auto d = E::load(grad, i, lanes) * factors(kept, i, lanes, factor);
+          E::store(dx, i, d, lanes);
+          if (sums) Sums::store(sums, i, Sums::load(sums, i, lanes) + d, lanes);
+        });
   });
 }
 

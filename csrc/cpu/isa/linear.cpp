@@ -72,18 +72,19 @@ void forward_rows(const LinearForward& work, int64_t begin, int64_t end) {
     const char* product = work.product.row(r);
     char* y = work.y.row(r);
     char* saved = work.saved ? work.saved.row(r) : nullptr;
-    for_each_pack(work.columns, [&](int64_t i, auto lanes) {
-      V h = Product::load(product, i, lanes);
-      if (work.bias)
-        h = h + Elements < sizeof(V) == sizeof(F64) ? Dtype::kF64
-                                                    : Dtype::kF32 > ::load(work.bias, i, lanes);
-      Out::store(y, i, activate<kActivation>(h), lanes);
-      if constexpr (kActivation == LinearActivation::kRelu) {
-        if (saved) store_bits(saved, i, ~bits_of(is_closed(h)) & ((1u << lanes.count) - 1));
-      } else if constexpr (kActivation != LinearActivation::kNone) {
-        if (saved) Out::store(saved, i, h, lanes);
-      }
-    });
+    for_each_pack(
+        work.columns, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          V h = Product::load(product, i, lanes);
+          if (work.bias)
+            h = h + Elements < sizeof(V) == sizeof(F64) ? Dtype::kF64
+                                                        : Dtype::kF32 > ::load(work.bias, i, lanes);
+          Out::store(y, i, activate<kActivation>(h), lanes);
+          if constexpr (kActivation == LinearActivation::kRelu) {
+            if (saved) store_bits(saved, i, ~bits_of(is_closed(h)) & ((1u << lanes.count) - 1));
+          } else if constexpr (kActivation != LinearActivation::kNone) {
+            if (saved) Out::store(saved, i, h, lanes);
+          }
+        });
     if (kActivation == LinearActivation::kRelu && saved) close_mask(saved, work.columns);
   }
 }
@@ -97,15 +98,16 @@ void backward_rows(const LinearBackward& work, int64_t begin, int64_t end, char*
     const char* dy = work.dy.row(r);
     const char* saved = work.saved ? work.saved.row(r) : nullptr;
     char* dz = work.dz ? work.dz.row(r) : nullptr;
-    for_each_pack(work.columns, [&](int64_t i, auto lanes) {
-      V z = In::load(dy, i, lanes);
-      if constexpr (kActivation == LinearActivation::kRelu)
-        z = where_set(load_bits(saved, i), z);
-      else if constexpr (kActivation != LinearActivation::kNone)
-        z = z * slope<kActivation>(V(In::load(saved, i, lanes)));
-      if (sums) Wide::store(sums, i, r == begin ? z : V(Wide::load(sums, i, lanes)) + z, lanes);
-      if (dz) Out::store(dz, i, z, lanes);
-    });
+    for_each_pack(
+        work.columns, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          V z = In::load(dy, i, lanes);
+          if constexpr (kActivation == LinearActivation::kRelu)
+            z = where_set(load_bits(saved, i), z);
+          else if constexpr (kActivation != LinearActivation::kNone)
+            z = z * slope<kActivation>(V(In::load(saved, i, lanes)));
+          if (sums) Wide::store(sums, i, r == begin ? z : V(Wide::load(sums, i, lanes)) + z, lanes);
+          if (dz) Out::store(dz, i, z, lanes);
+        });
   }
 }
 

@@ -20,11 +20,6 @@ namespace halfstep::cpu::inline HALFSTEP_ISA {
 
 namespace {
 
-template <class V>
-HALFSTEP_FN V larger(const V& a, const V& b) {
-  return select(a >= b, a, b);  // NaN in a gives b: the sums find it
-}
-
 template <class E>
 double largest(const void* row, int64_t n) {
   using V = typename E::V;
@@ -33,15 +28,12 @@ double largest(const void* row, int64_t n) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes)
     for (int k = 0; k < 4; ++k) four[k] = larger(E::load(row, i + k * kLanes), four[k]);
-  for_each_pack(n - i, [&](int64_t j, auto lanes) {
-    const auto x = E::load(row, i + j, lanes);
-    four[0] = larger(within(x, lanes, -typename E::T(INFINITY)), four[0]);
-  });
-  typename E::T lanes[kLanes];
-  store_lanes(lanes, larger(larger(four[0], four[1]), larger(four[2], four[3])));
-  typename E::T most = lanes[0];
-  for (const auto lane : lanes) most = lane > most ? lane : most;
-  return double(most);
+  for_each_pack(
+      n - i, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+        const auto x = E::load(row, i + j, lanes);
+        four[0] = larger(within(x, lanes, -typename E::T(INFINITY)), four[0]);
+      });
+  return double(max_lane(larger(larger(four[0], four[1]), larger(four[2], four[3]))));
 }
 
 template <class T>
@@ -63,9 +55,9 @@ Sums<E> sums(const CrossEntropy& c, const void* row, int64_t label, double max) 
   const auto* weights = static_cast<const T*>(c.weights);
   using W = Elements<sizeof(T) == 8 ? Dtype::kF64 : Dtype::kF32>;
   LaneSum<V> rest, spread;
-  for_each_pack(c.classes, [&](int64_t i, auto lanes) {
+  const auto add = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     const V x = E::load(row, i, lanes);
-    V e = within(math::exp(x - m), lanes, 0);
+    V e = within(math::exp_negative(x - m), lanes, 0);
     if (uint64_t(label - i) < uint64_t(kLanes)) {
       T terms[kLanes];
       store_lanes(terms, e);
@@ -79,14 +71,15 @@ Sums<E> sums(const CrossEntropy& c, const void* row, int64_t label, double max) 
       else
         spread.add(within(m - x, lanes, 0));
     }
-  });
+  };
+  for_each_term(c.classes, add, rest, spread);
   return {rest.total(), kSmooth ? spread.total() : 0};
 }
 
 /// exp(x_y - max), as the passes over the row compute it.
 template <class T>
 double label_term(double logit, double max) {
-  return double(math::exp(T(logit) - T(max)));
+  return double(math::exp_negative(T(logit) - T(max)));
 }
 
 template <class T>
@@ -113,15 +106,16 @@ void write_gradient(const CrossEntropy& c, const void* row, const math::RowGradi
   using W = Elements<sizeof(T) == 8 ? Dtype::kF64 : Dtype::kF32>;
   const V m = broadcast<V>(T(g.max)), slope = broadcast<V>(T(g.slope));
   const V shift = broadcast<V>(T(-g.shift));
-  for_each_pack(c.classes, [&](int64_t i, auto lanes) {
-    const V e = math::exp(E::load(row, i, lanes) - m);
-    if constexpr (!kSmooth)
-      E::store(out, i, e * slope, lanes);
-    else if (c.weights)
-      E::store(out, i, fma(e, slope, W::load(c.weights, i, lanes) * shift), lanes);
-    else
-      E::store(out, i, fma(e, slope, shift), lanes);
-  });
+  for_each_pack(
+      c.classes, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        const V e = math::exp_negative<E::size == 2>(E::load(row, i, lanes) - m);
+        if constexpr (!kSmooth)
+          E::store(out, i, e * slope, lanes);
+        else if (c.weights)
+          E::store(out, i, fma(e, slope, W::load(c.weights, i, lanes) * shift), lanes);
+        else
+          E::store(out, i, fma(e, slope, shift), lanes);
+      });
 }
 
 template <class E>

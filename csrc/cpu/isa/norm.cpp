@@ -59,24 +59,7 @@ void parameters(const void* from, Dtype dtype, double offset, double otherwise, 
     fill_parameters(from, dtype, offset, otherwise, count, static_cast<float*>(to));
 }
 
-/// body(i, lanes, which) for the packs of a row, `which` 0 and 1 in turn: two sums side by side,
-/// since one addition waits for the one before.
-template <class Body>
-HALFSTEP_FN void for_each_pair(int64_t n, const Body& body) {
-  constexpr std::integral_constant<int, 0> even;
-  constexpr std::integral_constant<int, 1> odd;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    body(i, Whole(), even);
-    body(i + kLanes, Whole(), odd);
-  }
-  if (i + kLanes <= n) {
-    body(i, Whole(), even);
-    i += kLanes;
-  }
-  if (i < n) body(i, Part{int(n - i)}, odd);
-}
-
+/// Two LaneSums side by side, since one addition waits for the one before.
 template <class V>
 class PairSum {
  public:
@@ -84,11 +67,38 @@ class PairSum {
   HALFSTEP_FN LaneSum<V>& operator[](std::integral_constant<int, kWhich>) {
     return sum_[kWhich];
   }
-  double total() { return sum_[0].total() + sum_[1].total(); }
+  HALFSTEP_FN void flush() {
+    sum_[0].flush();
+    sum_[1].flush();
+  }
+  HALFSTEP_FN double total() { return sum_[0].total() + sum_[1].total(); }
 
  private:
   LaneSum<V> sum_[2];
 };
+
+/// body(i, lanes, which) for the packs of a row, `which` 0 and 1 in turn; what it adds to that half
+/// of each of `sums`, one term a pack, is flushed when 64 terms of each half have come.
+template <class Body, class... Sums>
+HALFSTEP_FN void for_each_pair(int64_t n, const Body& body, Sums&... sums) {
+  constexpr std::integral_constant<int, 0> even;
+  constexpr std::integral_constant<int, 1> odd;
+  constexpr int64_t kPair = 2 * kLanes, kBlock = 64 * kPair;
+  int64_t i = 0;
+  while (i + kPair <= n) {
+    const int64_t end = i + kBlock <= n ? i + kBlock : n;
+    for (; i + kPair <= end; i += kPair) {
+      body(i, Whole(), even);
+      body(i + kLanes, Whole(), odd);
+    }
+    if (i % kBlock == 0) (sums.flush(), ...);
+  }
+  if (i + kLanes <= n) {
+    body(i, Whole(), even);
+    i += kLanes;
+  }
+  if (i < n) body(i, Part{int(n - i)}, odd);
+}
 
 struct RowSums {
   double sum, squares;
@@ -99,7 +109,8 @@ template <class A, class V>
 RowSums sum_row(const Scalar<V>* x, int64_t n, Scalar<V> mean) {
   PairSum<A> sum, squares;
   for_each_pair(
-      n, [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
+      n,
+      [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
         A d;
         if constexpr (sizeof(A) == sizeof(V))
           d = load_lanes(x + i) - broadcast<A>(mean);
@@ -108,7 +119,8 @@ RowSums sum_row(const Scalar<V>* x, int64_t n, Scalar<V> mean) {
         d = within(d, lanes, 0);
         sum[which].add(d);
         squares[which].add_product(d, d);
-      });
+      },
+      sum, squares);
   return {sum.total(), squares.total()};
 }
 
@@ -120,26 +132,31 @@ HALFSTEP_FN NormRow<Scalar<V>> read_row(int64_t n, double eps, bool centred, Sca
   using T = Scalar<V>;
   T mean = 0;
   if (centred) {
-    const V first = n >= kLanes ? load(0, Whole()) : load(0, Part{int(n)});
-    F64 wide;
-    if constexpr (sizeof(T) == 4)
-      wide = to_double(first);
-    else
-      wide = first;
-    mean = T(sum_lanes(wide) / double(n < kLanes ? n : kLanes));
+    // Any place near the row will do; that of a constant row is the constant.
+    if (n >= kLanes) {
+      mean = sum_lanes(load(0, Whole()) * broadcast<V>(T(1) / kLanes));
+    } else {
+      T lanes[kLanes];
+      store_lanes(lanes, load(0, Part{int(n)}));
+      double total = 0;
+      for (const T lane : lanes) total += double(lane);
+      mean = T(total / double(n));
+    }
   }
   PairSum<V> sum, squares;
   for_each_pair(
-      n, [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
+      n,
+      [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
         const V x = load(i, lanes);
         store_lanes(buffer + i, x);
         const V d = within(x - broadcast<V>(mean), lanes, 0);
         sum[which].add(d);
         squares[which].add_product(d, d);
-      });
+      },
+      sum, squares);
   RowSums sums = {sum.total(), squares.total()};
-  const double rest = sums.sum / double(n);
-  if (centred && 2 * rest * rest > sums.squares / double(n)) {
+  const double share = 1 / double(n), rest = sums.sum * share;
+  if (centred && 2 * rest * rest > sums.squares * share) {
     mean = T(double(mean) + rest);
     sums = sum_row<V, V>(buffer, n, mean);
   }
@@ -252,7 +269,8 @@ NormSlope<Scalar<V>> slope_of(const NormBackward& work, int64_t row, const Row<V
               using X = decltype(other);
               const char* x = static_cast<const char*>(work.input) + row * work.n * X::size;
               for_each_pair(
-                  work.n, [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
+                  work.n,
+                  [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
                     const V dy = G::load(grad, i, lanes);
                     const V z = within(norm_near_z(X::load(x, i, lanes), mean, rstd), lanes, 0);
                     const V g = dy * load_lanes(weight + i);
@@ -261,7 +279,8 @@ NormSlope<Scalar<V>> slope_of(const NormBackward& work, int64_t row, const Row<V
                     sum[which].add(z);
                     g_sum[which].add(g);
                     product[which].add_product(g, z);
-                  });
+                  },
+                  sum, g_sum, product);
             });
       });
   return norm_slope(rstd, sum.total(), g_sum.total(), product.total(), work.n,

@@ -33,9 +33,12 @@ template <class V>
 HALFSTEP_FN V within(const V& x, Whole, typename Traits<V>::Scalar) {
   return x;
 }
-template <class V>
-HALFSTEP_FN V within(const V& x, Part part, typename Traits<V>::Scalar rest) {
-  typename Traits<V>::Scalar lanes[kLanes];
+HALFSTEP_FN F32 within(const F32& x, Part part, float rest) {
+  const U32 last = broadcast<U32>(uint32_t(part.count) - 1);
+  return select<float>(last >= index_lanes<U32>(0), x, broadcast<F32>(rest));
+}
+HALFSTEP_FN F64 within(const F64& x, Part part, double rest) {
+  double lanes[kLanes];
   store_lanes(lanes, x);
   for (int k = part.count; k < kLanes; ++k) lanes[k] = rest;
   return load_lanes(lanes);
@@ -58,6 +61,18 @@ struct Elements {
   }
   /// The lanes beyond the row are `rest`.
   HALFSTEP_FN static V load(const void* from, int64_t i, Part part, T rest = 0) {
+#if defined(__AVX512F__)
+    if constexpr (size == 2) {
+      const __m256i bits = _mm256_maskz_loadu_epi16(__mmask16((1u << part.count) - 1),
+                                                    static_cast<const uint16_t*>(from) + i);
+      F32 x;
+      if constexpr (kDtype == Dtype::kF16)
+        x.piece[0] = _mm512_cvtph_ps(bits);
+      else
+        x.piece[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+      return rest == 0 ? x : within(x, part, rest);
+    }
+#endif
     alignas(64) char padded[kLanes * size] = {};
     __builtin_memcpy(padded, static_cast<const char*>(from) + i * size, size_t(part.count * size));
     const V x = load(padded, 0);
@@ -74,6 +89,17 @@ struct Elements {
       store_lanes(static_cast<T*>(to) + i, x);
   }
   HALFSTEP_FN static void store(void* to, int64_t i, const V& x, Part part) {
+#if defined(__AVX512F__)
+    if constexpr (size == 2) {
+      __m256i bits;
+      if constexpr (kDtype == Dtype::kF16)
+        bits = _mm512_cvtps_ph(x.piece[0], _MM_FROUND_TO_NEAREST_INT);
+      else
+        bits = _mm512_cvtepi32_epi16((__m512i)bfloat_bits(x).piece[0]);
+      return _mm256_mask_storeu_epi16(static_cast<uint16_t*>(to) + i,
+                                      __mmask16((1u << part.count) - 1), bits);
+    }
+#endif
     alignas(64) char padded[kLanes * size];
     store(padded, 0, x);
     __builtin_memcpy(static_cast<char*>(to) + i * size, padded, size_t(part.count * size));
@@ -96,42 +122,41 @@ HALFSTEP_FN auto with_elements(Dtype dtype, const Body& body) {
 }
 
 /// A sum over sixteen lanes: FP32 for 64 terms of a lane, then FP64. The same terms in the same
-/// order give the same bits on every instruction set.
+/// order give the same bits on every instruction set. for_each_term counts the terms.
 template <class V>
 class LaneSum {
  public:
-  HALFSTEP_FN void add(const V& x) {
-    if constexpr (sizeof(V) == sizeof(F64)) {
-      total_ = total_ + x;
-    } else {
-      partial_ = partial_ + x;
-      if (++terms_ == 64) flush();
-    }
-  }
-  HALFSTEP_FN void add_product(const V& a, const V& b) {
-    if constexpr (sizeof(V) == sizeof(F64)) {
-      total_ = fma(a, b, total_);
-    } else {
-      partial_ = fma(a, b, partial_);
-      if (++terms_ == 64) flush();
-    }
-  }
-  double total() {
-    if constexpr (sizeof(V) != sizeof(F64)) flush();
-    return sum_lanes(total_);
-  }
-
- private:
+  HALFSTEP_FN void add(const V& x) { partial_ = partial_ + x; }
+  HALFSTEP_FN void add_product(const V& a, const V& b) { partial_ = fma(a, b, partial_); }
   HALFSTEP_FN void flush() {
     if constexpr (sizeof(V) != sizeof(F64)) {
       total_ = total_ + to_double(partial_);
       partial_ = broadcast<V>(0);
-      terms_ = 0;
     }
   }
-  F64 total_ = broadcast<F64>(0);
+  HALFSTEP_FN double total() {
+    if constexpr (sizeof(V) == sizeof(F64)) return sum_lanes(partial_);
+    flush();
+    return sum_lanes(total_);
+  }
+
+ private:
+  F64 total_ = broadcast<F64>(0);  // of FP32
   V partial_ = broadcast<V>(0);
-  int terms_ = 0;
 };
+
+/// body(i, lanes) as for_each_pack; what it adds to each of `sums`, one term a pack, is flushed
+/// when 64 terms have come.
+template <class Body, class... Sums>
+HALFSTEP_FN void for_each_term(int64_t n, const Body& body, Sums&... sums) {
+  constexpr int64_t kBlock = 64 * kLanes;
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    for (int64_t j = i; j < i + kBlock; j += kLanes) body(j, Whole());
+    (sums.flush(), ...);
+  }
+  for (; i + kLanes <= n; i += kLanes) body(i, Whole());
+  if (i < n) body(i, Part{int(n - i)});
+}
 
 }  // namespace halfstep::cpu::inline HALFSTEP_ISA

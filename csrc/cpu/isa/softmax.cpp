@@ -46,16 +46,6 @@ HALFSTEP_FN V load_bools(const void* mask, int64_t i) {
     return added;
 }
 
-template <class V>
-HALFSTEP_FN auto largest_lane(const V& x) {
-  typename Traits<V>::Scalar lanes[kLanes];
-  store_lanes(lanes, x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int k = 0; k < width; ++k)
-      lanes[k] = lanes[k] >= lanes[k + width] ? lanes[k] : lanes[k + width];
-  return lanes[0];
-}
-
 /// A row without a positive finite sum: NaN where an element takes part, else zero.
 template <class E>
 __attribute__((noinline)) void write_other_row(const SoftmaxRow& row) {
@@ -97,19 +87,20 @@ void forward_row(const SoftmaxRow& row) {
         }
         s = within(s, lanes, lowest);
         if constexpr (kMasked) store_lanes(logits + i, s);
-        largest = select(s >= largest, s, largest);
+        largest = larger(s, largest);
       });
-  const T top = largest_lane(largest);
+  const T top = max_lane(largest);
   LaneSum<V> sum;
-  for_each_pack(
-      row.count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+  for_each_term(
+      row.count,
+      [&](int64_t i, auto lanes) __attribute__((always_inline)) {
         const V x = kMasked ? load_lanes(logits + i) : E::load(row.x, i, lanes);
         const V factor = kMasked ? broadcast<V>(1) : scale;
-        constexpr bool kExact = E::dtype == Dtype::kF32;
-        const V e = within(math::softmax_exp<kExact>(x, factor, broadcast<V>(top)), lanes, 0);
+        const V e = within(math::softmax_exp<E::dtype>(x, factor, broadcast<V>(top)), lanes, 0);
         sum.add(e);
         store_lanes(logits + i, e);
-      });
+      },
+      sum);
   const double total = sum.total();
   if (!(total > 0 && total < __builtin_inf())) return write_other_row<E>(row);
   const Inverse<T> inverse(total);
@@ -128,12 +119,14 @@ void backward_row(const SoftmaxRow& row) {
   using T = typename E::T;
   const V scale = broadcast<V>(T(row.scale));
   LaneSum<V> y_dy, y_sum;
-  for_each_pack(
-      row.count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+  for_each_term(
+      row.count,
+      [&](int64_t i, auto lanes) __attribute__((always_inline)) {
         const V y = E::load(row.x, i, lanes);
         y_dy.add_product(y, E::load(row.grad, i, lanes));
         y_sum.add(y);
-      });
+      },
+      y_dy, y_sum);
   const double mean = softmax_mean(y_dy.total(), y_sum.total());
   const T high = T(mean);
   const T low = high - high == 0 ? T(mean - double(high)) : T(0);

@@ -18,15 +18,6 @@ HALFSTEP_FN void unrolled(const Body& body) {
   (std::make_integer_sequence<int, kCount>());
 }
 
-/// Sixteen FP64 lanes added as ((0+8)+(4+12))+…: one tree on every instruction set.
-inline double sum_lanes(const F64& lanes) {
-  double x[kLanes];
-  store_lanes(x, lanes);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  return x[0];
-}
-
 /// The first `count` lanes, zeros after them.
 template <class V>
 V first_lanes(const V& x, int64_t count) {
