@@ -22,6 +22,11 @@ inline at::Tensor grad_stats(const OptionalTensors& grads, Tensors table = {}) {
       find_op<at::Tensor(const OptionalTensors&, Tensors)>("halfstep::grad_stats");
   return op.call(grads, table);
 }
+inline at::Tensor grad_histogram(const OptionalTensors& grads, const OptionalTensor& scale) {
+  static const auto op = find_op<at::Tensor(const OptionalTensors&, const OptionalTensor&)>(
+      "halfstep::grad_histogram");
+  return op.call(grads, scale);
+}
 inline void unscale_(Tensors grads, const at::Tensor& inv_scale, const at::Tensor& found_inf) {
   static const auto op =
       find_op<void(Tensors, const at::Tensor&, const at::Tensor&, Tensors)>("halfstep::unscale_");

@@ -78,6 +78,17 @@ std::string followed(std::string path) {
 
 }  // namespace
 
+int write_all(int descriptor, const void* data, size_t size) noexcept {
+  const char* next = static_cast<const char*>(data);
+  while (size > 0) {
+    const ssize_t written = ::write(descriptor, next, size);
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) return errno;
+    next += written, size -= size_t(written);
+  }
+  return 0;
+}
+
 AtomicFile::AtomicFile(const std::string& path) {
   // A link keeps pointing where it does: the file it names is what is replaced.
   target_ = followed(path);
@@ -97,13 +108,7 @@ AtomicFile::~AtomicFile() {
 }
 
 void AtomicFile::write(const void* data, size_t size) noexcept {
-  const char* next = static_cast<const char*>(data);
-  while (size > 0 && error_ == 0) {
-    const ssize_t written = ::write(descriptor_, next, size);
-    if (written < 0 && errno == EINTR) continue;
-    if (written < 0) error_ = errno;
-    if (written > 0) next += written, size -= size_t(written);
-  }
+  if (error_ == 0) error_ = write_all(descriptor_, data, size);
 }
 
 void AtomicFile::commit(bool sync) {

@@ -6,6 +6,9 @@
 
 namespace halfstep::api {
 
+/// Writes all of it; 0, or the errno of what went wrong.
+int write_all(int descriptor, const void* data, size_t size) noexcept;
+
 /// A file that appears at `path` whole, on commit(), or not at all.
 class AtomicFile {
  public:

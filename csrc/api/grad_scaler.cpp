@@ -41,6 +41,7 @@ void GradScaler::State::require(const char* call) const {
 /// First call after an update: what was known of the last step is no longer asked for.
 void GradScaler::State::begin() {
   if (!fresh) return;
+  if (const auto open = recording()) open->begin(*this);
   fresh = false;
   last_found.clear();
   norms.clear();
@@ -195,6 +196,7 @@ void GradScaler::unscale_(torch::optim::Optimizer& optimizer, int64_t which) {
   TORCH_CHECK(progress.stage != Progress::kUnscaled,
               "unscale_() has already been called on this optimizer since the last update()");
   TORCH_CHECK(progress.stage != Progress::kStepped, "unscale_() is being called after step()");
+  s.show(optimizer, progress);
   s.unscale(optimizer, progress);
 }
 
@@ -314,6 +316,7 @@ at::Tensor GradScaler::step(torch::optim::Optimizer& optimizer,
   s.require("step");
   s.begin();
   Progress& progress = s.progress[&optimizer];
+  s.show(optimizer, progress);
   if (auto* ours = dynamic_cast<optim::Optimizer*>(&optimizer)) {
     s.step_ours(*ours, progress);
   } else {

@@ -17,12 +17,12 @@
 
 namespace halfstep::optim {
 
-namespace {
-
 std::string name_of(const std::vector<std::string>& names, size_t group, size_t index) {
   if (group == 0 && index < names.size()) return names[index];
   return "group " + std::to_string(group) + ", parameter " + std::to_string(index);
 }
+
+namespace {
 
 void check_parameter(const at::Tensor& param, const std::string& name) {
   const auto type = param.scalar_type();

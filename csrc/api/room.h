@@ -11,6 +11,9 @@
 
 namespace halfstep::optim {
 
+/// Of a parameter by its group and place; `names` are those of the first group.
+std::string name_of(const std::vector<std::string>& names, size_t group, size_t index);
+
 /// The tensors of one parameter group, in the order of its parameters (tied ones once).
 struct Optimizer::Room {
   const Optimizer* owner = nullptr;

@@ -83,6 +83,7 @@ void GradScaler::State::advance(std::optional<double> new_scale) {
     ++updates;
     take_snapshot();
   }
+  if (const auto open = recording()) open->updated(*this, new_scale.has_value());
   loss.zero_();
   progress.clear();
   fresh = true;

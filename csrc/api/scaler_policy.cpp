@@ -80,7 +80,7 @@ void GradScaler::State::learn() {
   for (size_t i = 0; i < snapshots.size(); ++i) {
     const Snapshot& snapshot = snapshots[i];
     if (snapshot.updates <= learned) continue;
-    if (snapshot.copied && !snapshot.copied->query()) break;
+    if (!snapshot.here()) break;
     learned = snapshot.updates;
     const double* x = snapshot.numbers.const_data_ptr<double>();
     if (rule.custom && rule.custom->host()) {

@@ -202,6 +202,7 @@ void GradScaler::State::take(const Loaded& read) {
   limits = read.limits;
   loaded_custom = read.custom;
   show_loaded();
+  if (const auto open = recording()) open->restart();
   if (!scale.defined()) return;
   // In place: whoever holds scale_tensor() sees the new scale.
   policy.copy_(vector_of(rule.numbers));

@@ -2,13 +2,12 @@
 
 #include <halfstep/grad_scaler.h>
 
-#include <c10/core/Event.h>
-
 #include <deque>
 #include <map>
 
 #include "../math/grads.h"
 #include "../math/scale_statistics.h"
+#include "recorder.h"
 #include "room.h"
 
 namespace halfstep {
@@ -31,7 +30,7 @@ struct StatTable {
 
 /// One update's numbers on the host: state, norm, overflow count, loss, the controls of the steps,
 /// then the tables of grad_stats (on the CPU they are read where they lie).
-struct Snapshot {
+struct Snapshot : Arrival {
   static constexpr int64_t kNorm = math::kStateEntries;
   static constexpr int64_t kOverflowed = kNorm + 1;
   static constexpr int64_t kLoss = kNorm + 2;
@@ -39,9 +38,7 @@ struct Snapshot {
 
   int64_t updates = 0;
   double floor = 0;  ///< the lowest scale that the policy allows
-  at::Tensor numbers;
   std::vector<StatTable> tables;
-  std::optional<c10::Event> copied;  ///< on a device: done once the copy to the host is
 
   /// The rows of table `i`, the totals last.
   const double* rows(size_t i) const;
@@ -76,6 +73,7 @@ struct GradScaler::State {
   std::vector<std::unique_ptr<State>> rest;
   bool scaled = false;  ///< since the last update, where there are several losses
   bool told_alone = false;
+  std::weak_ptr<Recorder::State> recorder;
 
   void make(c10::Device on);
   void require(const char* call) const;
@@ -86,6 +84,12 @@ struct GradScaler::State {
   at::Tensor step_other(torch::optim::Optimizer& optimizer, Progress& progress,
                         const torch::optim::Optimizer::LossClosure& closure,
                         const at::Tensor& loss);
+
+  // ---- a recorder of the updates: record.cpp
+  /// The one that is open, or null.
+  std::shared_ptr<Recorder::State> recording() const;
+  /// It sees the gradients while they carry the scale.
+  void show(torch::optim::Optimizer& optimizer, const Progress& progress) const;
 
   // ---- several losses: scaler_losses.cpp
   std::vector<State*> entries();

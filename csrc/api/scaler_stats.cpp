@@ -47,6 +47,17 @@ const double* Snapshot::rows(size_t i) const {
   return numbers.const_data_ptr<double>() + at;
 }
 
+Arrival send(const at::Tensor& numbers) {
+  if (numbers.is_cpu()) return {numbers, std::nullopt};
+  // A pageable target would make the copy wait; the event says when the pinned one is filled.
+  Arrival sent{at::empty(numbers.sizes(), numbers.options().device(at::kCPU).pinned_memory(true)),
+               c10::Event(numbers.device().type())};
+  sent.numbers.copy_(numbers, /*non_blocking=*/true);
+  const c10::impl::VirtualGuardImpl device(numbers.device().type());
+  sent.copied->record(device.getStream(numbers.device()));
+  return sent;
+}
+
 void GradScaler::State::take_snapshot() {
   Snapshot snapshot;
   snapshot.updates = updates;
@@ -63,18 +74,11 @@ void GradScaler::State::take_snapshot() {
   const bool on_cpu = numbers.is_cpu();
   if (!on_cpu)
     for (const auto& entry : rows) parts.push_back(entry.table.reshape({-1}));
-  const at::Tensor here = at::cat(parts);
+  static_cast<Arrival&>(snapshot) = send(at::cat(parts));
   if (on_cpu) {
-    snapshot.numbers = here;
     snapshots.clear();
     watch_zeros(snapshot);
   } else {
-    // A pageable target would make the copy wait; the event says when the pinned one is filled.
-    snapshot.numbers = at::empty(here.sizes(), at::TensorOptions(at::kDouble).pinned_memory(true));
-    snapshot.numbers.copy_(here, /*non_blocking=*/true);
-    const c10::impl::VirtualGuardImpl device(here.device().type());
-    snapshot.copied.emplace(here.device().type());
-    snapshot.copied->record(device.getStream(here.device()));
     while (snapshots.size() >= 16) snapshots.pop_front();
   }
   snapshots.push_back(std::move(snapshot));
@@ -160,7 +164,7 @@ std::string GradScaler::State::diagnose(const Snapshot& snapshot) const {
 const Snapshot* GradScaler::State::newest() const {
   const Snapshot* newest = nullptr;
   for (const Snapshot& snapshot : snapshots)  // a stream finishes them in their order
-    if (!snapshot.copied || snapshot.copied->query()) newest = &snapshot;
+    if (snapshot.here()) newest = &snapshot;
   return newest;
 }
 

@@ -2,6 +2,12 @@
 
 #include <halfstep/halfstep.h>
 #include <torch/torch.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <fstream>
+#include <limits>
 
 #include "../cpp/catch.h"
 
@@ -56,6 +62,37 @@ void compare(const Run& host, const Run& device) {
   CHECK(device.stats.steps_skipped == 1);
 }
 
+/// The trace of a few steps on gradients whose sums are exact in any order; one step overflows.
+std::string trace(torch::Device device) {
+  char path[] = "/tmp/halfstep_XXXXXX";
+  REQUIRE(::mkdtemp(path));
+  const std::string file = std::string(path) + "/run.trace";
+  std::vector<torch::Tensor> params;
+  for (const int64_t size : {3, 5000})
+    params.push_back(torch::zeros({size}, torch::kHalf).to(device).requires_grad_());
+  halfstep::optim::SGD optimizer(params, halfstep::optim::SGDOptions(0.0));
+  halfstep::GradScaler scaler(
+      halfstep::GradScalerOptions().policy(halfstep::policies::Dynamic().init_scale(1024)));
+  {
+    const halfstep::Recorder recorder(scaler, file, 2);
+    for (int step = 0; step < 7; ++step) {
+      scaler.scale(torch::ones({}, device));
+      for (auto& param : params) {
+        auto grad = torch::exp2(torch::arange(param.numel()).remainder(7).to(torch::kFloat));
+        if (step == 2) grad[1] = std::numeric_limits<float>::infinity();
+        param.mutable_grad() = grad.to(torch::kHalf).to(device);
+      }
+      scaler.step(optimizer);
+      scaler.update();
+    }
+  }
+  std::ifstream read(file);
+  const std::string text(std::istreambuf_iterator<char>(read), {});
+  ::unlink(file.c_str());
+  ::rmdir(path);
+  return text;
+}
+
 }  // namespace
 
 TEST_CASE("the CUDA library is loaded with the first", "[gpu]") {
@@ -98,4 +135,11 @@ TEST_CASE("a network trains on the GPU under the guard", "[gpu]") {
     if (step == 0) first = last;
   }
   CHECK(last < 0.5 * first);
+}
+
+TEST_CASE("a trace from the GPU is the CPU's to the letter", "[gpu]") {
+  if (!has_gpu()) return;
+  const std::string host = trace(torch::kCPU);
+  CHECK(std::count(host.begin(), host.end(), '\n') == 2 + 2 + 7);
+  CHECK(trace(torch::kCUDA) == host);
 }

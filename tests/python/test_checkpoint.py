@@ -145,11 +145,8 @@ def test_archives_of_torch_save_say_who_reads_them():
 
 # -- C++ and Python --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def peer():
-    build = ROOT / "python/halfstep/lib/.build"
-    program = ROOT / build.read_text().split()[0] / "tests/cpp/checkpoint_peer" if build.exists() else None
-    if program is None or not program.exists():
-        pytest.skip("the C++ tests are not built")
+def peer(cpp_program):
+    program = cpp_program("checkpoint_peer")
 
     def run(*words):
         done = subprocess.run([str(program), *map(str, words)], capture_output=True, text=True)

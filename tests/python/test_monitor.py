@@ -353,13 +353,10 @@ def test_tensorboard_reads_them(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def peer(tmp_path_factory):
+def peer(cpp_program, tmp_path_factory):
     """The folder with what tests/cpp/monitor_peer writes."""
-    build, folder = ROOT / "python/halfstep/lib/.build", tmp_path_factory.mktemp("peer")
-    program = ROOT / build.read_text().split()[0] / "tests/cpp/monitor_peer" if build.exists() else None
-    if program is None or not program.exists():
-        pytest.skip("tests/cpp/monitor_peer is not built (-DHALFSTEP_TESTS=ON)")
-    subprocess.run([program, folder], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    folder = tmp_path_factory.mktemp("peer")
+    subprocess.run([cpp_program("monitor_peer"), folder], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return folder
 
 

@@ -117,6 +117,7 @@ class HALFSTEP_API GradScaler {
   void load(torch::serialize::InputArchive& archive);
 
  private:
+  friend class Recorder;
   struct State;
   std::unique_ptr<State> state_;
 };

@@ -14,6 +14,7 @@
 #include "optim.h"
 #include "overrides.h"
 #include "policies.h"
+#include "record.h"
 #include "shares.h"
 #include "state_dict.h"
 #include "swap.h"

@@ -32,6 +32,7 @@ enum class Weights { kMaster, kEma };
 enum class LoadMasters { kSaved, kFromParams };
 
 class GradScaler;
+class Recorder;
 
 namespace optim {
 
@@ -231,6 +232,7 @@ class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
 
  protected:
   friend class halfstep::GradScaler;
+  friend class halfstep::Recorder;
   using Options = torch::optim::OptimizerOptions;
   using Group = torch::optim::OptimizerParamGroup;
   Optimizer(std::vector<Group> groups, std::vector<std::string> names,
