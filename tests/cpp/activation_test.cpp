@@ -72,6 +72,18 @@ TEST_CASE("a gated unit counts what left the range, and its clone keeps the coun
         }).find("GeGLU: approximate is 'erf'") != std::string::npos);
 }
 
+TEST_CASE("gated units and losses take their place in a Sequential", "[activation]") {
+  const auto x = at::randn({3, 8}), target = at::tensor({0, 4, 2});
+  torch::nn::Sequential net(torch::nn::Linear(8, 12), nn::SwiGLU(), nn::GeGLU());
+  const auto up = net->ptr<torch::nn::LinearImpl>(0)->forward(x);
+  CHECK(at::equal(net->forward(x), hf::geglu(hf::swiglu(up))));
+  torch::nn::Sequential add(nn::BiasDropoutAdd(0.0));
+  CHECK(at::equal(add->forward(x, std::optional<at::Tensor>(), x), x + x));
+  nn::LinearCrossEntropyLoss loss(8, 5);
+  torch::nn::Sequential head(loss);
+  CHECK(at::equal(head->forward(x, target), loss->forward(x, target)));
+}
+
 TEST_CASE("dropout from C++: repeated by the seed, absent in evaluation", "[activation]") {
   nn::BiasDropoutAdd layer(0.25);
   const auto x = at::ones({64, 48}, at::kHalf), residual = at::zeros({64, 48}, at::kHalf);

@@ -64,6 +64,9 @@ class HALFSTEP_API SwiGLUImpl : public torch::nn::Cloneable<SwiGLUImpl> {
 
   GatedOptions options;
   at::Tensor overflowed;  ///< a buffer, int64; undefined unless it is counted
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<at::Tensor>())})
 };
 TORCH_MODULE(SwiGLU);
 
@@ -77,6 +80,9 @@ class HALFSTEP_API GeGLUImpl : public torch::nn::Cloneable<GeGLUImpl> {
 
   GatedOptions options;
   at::Tensor overflowed;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<at::Tensor>())})
 };
 TORCH_MODULE(GeGLU);
 
@@ -91,6 +97,9 @@ class HALFSTEP_API BiasDropoutAddImpl : public torch::nn::Cloneable<BiasDropoutA
                      const at::Tensor& residual, const std::optional<at::Tensor>& seed = {});
 
   double p;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({3, torch::nn::AnyValue(std::optional<at::Tensor>())})
 };
 TORCH_MODULE(BiasDropoutAdd);
 

@@ -61,6 +61,9 @@ class HALFSTEP_API LinearCrossEntropyLossImpl
 
   LinearCrossEntropyLossOptions options;
   at::Tensor weight, bias, class_weight;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({2, torch::nn::AnyValue(std::optional<at::Tensor>())})
 };
 TORCH_MODULE(LinearCrossEntropyLoss);
 
