@@ -27,6 +27,20 @@ inline at::Tensor grad_histogram(const OptionalTensors& grads, const OptionalTen
       "halfstep::grad_histogram");
   return op.call(grads, scale);
 }
+/// Row `index` of `rows`: that of grad_stats for `grad`.
+inline void grad_stats_row_(const at::Tensor& grad, const at::Tensor& rows, int64_t index) {
+  static const auto op =
+      find_op<void(const at::Tensor&, const at::Tensor&, int64_t)>("halfstep::grad_stats_row_");
+  op.call(grad, rows, index);
+}
+/// grad_stats(grads), with `rows` for those not named in `stale`.
+inline at::Tensor grad_stats_rest(const OptionalTensors& grads, const at::Tensor& rows,
+                                  at::IntArrayRef stale, Tensors table = {}) {
+  static const auto op =
+      find_op<at::Tensor(const OptionalTensors&, const at::Tensor&, at::IntArrayRef, Tensors)>(
+          "halfstep::grad_stats_rest");
+  return op.call(grads, rows, stale, table);
+}
 inline void unscale_(Tensors grads, const at::Tensor& inv_scale, const at::Tensor& found_inf) {
   static const auto op =
       find_op<void(Tensors, const at::Tensor&, const at::Tensor&, Tensors)>("halfstep::unscale_");

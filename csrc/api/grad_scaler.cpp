@@ -164,6 +164,8 @@ void GradScaler::State::unscale(torch::optim::Optimizer& optimizer, Progress& st
     look(lists.in_place);
     look(lists.narrow);
     if (!lists.in_place.empty()) api::unscale_(lists.in_place, factor, flag);
+    for (const auto& grad : lists.in_place)  // whoever looked at it before must know
+      if (!grad.is_inference()) grad.unsafeGetTensorImpl()->bump_version();
     const int64_t flushed = count ? before - count_nonzero(lists.halves) : 0;
     if (flushed > 0) {
       warned_flush = true;

@@ -12,6 +12,7 @@
 #include <set>
 
 #include "../math/grads.h"
+#include "backward.h"
 #include "memory.h"
 #include "room.h"
 
@@ -60,6 +61,7 @@ Optimizer::Optimizer(std::vector<Group> groups, std::vector<std::string> names,
     : torch::optim::Optimizer(groups, std::move(defaults)), names_(std::move(names)), kind_(kind) {}
 
 Optimizer::~Optimizer() {
+  stats_in_backward(false);
   for (const auto& room : rooms_)
     for (const auto& leaf : room->leaves) disown(leaf);
 }
@@ -77,6 +79,21 @@ void Optimizer::add_param_group(const Group& group) {
                     "' is in an earlier parameter group too, as '", room->names[k], "'");
   }
   torch::optim::Optimizer::add_param_group(group);
+  if (in_backward_) place_hooks();  // its first gradients are seen already
+}
+
+void Optimizer::stats_in_backward(bool enabled) {
+  for (const auto& stats : backward_) stats->remove();
+  backward_.clear();
+  in_backward_ = enabled;
+  if (enabled) place_hooks();
+}
+
+void Optimizer::place_hooks() {
+  while (backward_.size() < param_groups_.size())
+    backward_.push_back(std::make_shared<BackwardStats>());
+  for (const auto g : c10::irange(param_groups_.size()))
+    backward_[g]->follow(param_groups_[g].params());
 }
 
 void Optimizer::make_rooms() {
@@ -167,11 +184,15 @@ void Optimizer::extend(Room& room) {
 
 std::vector<std::pair<Optimizer::Room*, at::Tensor>> Optimizer::gather_stats() {
   make_rooms();
+  if (in_backward_) place_hooks();  // on parameters that were added or unfrozen since
   std::vector<std::pair<Room*, at::Tensor>> stats;
-  for (const auto& room : rooms_)
-    if (room->has_grads())
-      stats.emplace_back(room.get(),
-                         api::grad_stats(room->grads(), room->table(room->stats_table)));
+  for (const auto& room : rooms_) {
+    if (!room->has_grads()) continue;
+    const auto grads = room->grads();
+    const auto table = room->table(room->stats_table);
+    stats.emplace_back(room.get(), in_backward_ ? backward_[room->index]->join(grads, table)
+                                                : api::grad_stats(grads, table));
+  }
   return stats;
 }
 
@@ -218,6 +239,7 @@ void Optimizer::step_with(const at::Tensor& scale, const at::Tensor& found_inf,
             control_.defined() ? control_.to(room->steps.device(), at::kDouble, true) : control_);
       room->stepped();
     }
+  for (const auto& stats : backward_) stats->forget();
   if (!judged && control_.defined() && control_.is_cpu())
     steps_skipped_ += control_.const_data_ptr<double>()[math::kControlFoundInf] != 0;
   for (const auto& room : rooms_) {

@@ -2,7 +2,6 @@
 
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/nn/module.h>
 
@@ -11,6 +10,7 @@
 #include <optional>
 
 #include "observe.h"
+#include "stored_hook.h"
 
 namespace halfstep::api {
 
@@ -110,27 +110,17 @@ struct Shadow::Pending {
 };
 
 /// Stands before a hook that was there.
-class Shadow::Stored : public torch::autograd::PostAccumulateGradHook {
+class Shadow::Stored : public StoredHook {
  public:
-  Stored(const std::shared_ptr<Shadow>& shadow, std::unique_ptr<PostAccumulateGradHook> next)
-      : shadow_(shadow), owner_(shadow.get()), next_(std::move(next)) {}
+  explicit Stored(const std::shared_ptr<Shadow>& shadow)
+      : StoredHook(shadow.get()), shadow_(shadow) {}
   void operator()(const at::Tensor& parameter) override {
     if (const auto shadow = shadow_.lock()) shadow->stored(parameter);
-    if (next_) (*next_)(parameter);
-  }
-  /// Takes the one of `owner` out of a chain; those of others stay.
-  static void unlink(std::unique_ptr<PostAccumulateGradHook>& hook, const Shadow* owner) {
-    auto* stored = dynamic_cast<Stored*>(hook.get());
-    if (!stored) return;
-    if (stored->owner_ != owner) return unlink(stored->next_, owner);
-    auto next = std::move(stored->next_);
-    hook = std::move(next);
+    go_on(parameter);
   }
 
  private:
   std::weak_ptr<Shadow> shadow_;
-  const Shadow* owner_;
-  std::unique_ptr<PostAccumulateGradHook> next_;
 };
 
 // -- from the start to the end of a step ----------------------------------------------------------
@@ -149,8 +139,7 @@ std::shared_ptr<Shadow> Shadow::watch(const std::vector<Layer>& layers, size_t w
   std::shared_ptr<Shadow> shadow(new Shadow(layers, which, ours));
   for (const auto& p : shadow->layer_.parameters) {
     if (p.shared || !p.tensor.requires_grad() || !p.tensor.is_leaf()) continue;
-    auto& hook = torch::autograd::impl::post_acc_grad_hooks(p.tensor);
-    hook = std::make_unique<Stored>(shadow, std::move(hook));
+    StoredHook::link(p.tensor, std::make_unique<Stored>(shadow));
   }
   shadow->watching_ = true;
   show_ops(shadow);
@@ -161,10 +150,7 @@ void Shadow::unwatch() {
   if (!watching_) return;
   watching_ = false;
   hide_ops(this);
-  for (const auto& p : layer_.parameters) {
-    if (!torch::autograd::impl::get_autograd_meta(p.tensor)) continue;
-    Stored::unlink(torch::autograd::impl::post_acc_grad_hooks(p.tensor), this);
-  }
+  for (const auto& p : layer_.parameters) StoredHook::unlink(p.tensor, this);
 }
 
 void Shadow::forget() {

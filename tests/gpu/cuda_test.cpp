@@ -9,7 +9,7 @@
 #include <fstream>
 #include <limits>
 
-#include "../cpp/catch.h"
+#include "../cpp/backward_stats.h"
 
 namespace {
 
@@ -142,4 +142,38 @@ TEST_CASE("a trace from the GPU is the CPU's to the letter", "[gpu]") {
   const std::string host = trace(torch::kCPU);
   CHECK(std::count(host.begin(), host.end(), '\n') == 2 + 2 + 7);
   CHECK(trace(torch::kCUDA) == host);
+}
+
+TEST_CASE("statistics in the backward are the bits of the step's pass on the GPU", "[gpu]") {
+  if (!has_gpu()) return;
+  for (const auto dtype : {torch::kHalf, torch::kFloat}) {
+    std::vector<torch::Tensor> masters[2];
+    for (const bool on : {false, true}) {
+      torch::manual_seed(0);
+      std::vector<torch::Tensor> params;
+      for (const int64_t size : {1, 7, 4096, 20000})
+        params.push_back(torch::randn({size}).to(dtype).to(torch::kCUDA).requires_grad_());
+      const auto options = halfstep::optim::AdamWOptions(1e-2).max_grad_norm(0.1);
+      backward_stats::Open<halfstep::optim::AdamW> optimizer(params, options);
+      if (on) optimizer.stats_in_backward();
+      halfstep::GradScaler scaler;
+      for (int step = 0; step < 5; ++step) {
+        optimizer.zero_grad();
+        auto loss = torch::zeros({}, torch::kCUDA);
+        for (const auto& p : params)
+          loss = loss + (p * torch::randn({p.numel()}).to(p)).to(torch::kFloat).square().mean();
+        const backward_stats::Seen seen;
+        scaler.scale(loss).backward();
+        CHECK(seen.rows == (on ? 4 : 0));
+        const auto table = optimizer.gather_stats().at(0).second;
+        CHECK(seen.reread == (on ? 0 : 4));
+        CHECK(backward_stats::same_bits(table, backward_stats::one_pass(params)));
+        scaler.step(optimizer);
+        scaler.update();
+      }
+      masters[on] = optimizer.master_params();
+    }
+    for (size_t i = 0; i < masters[0].size(); ++i)
+      CHECK(torch::equal(masters[0][i], masters[1][i]));
+  }
 }

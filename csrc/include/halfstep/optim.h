@@ -217,6 +217,15 @@ class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
   /// The tensors it holds for its parameters, not copies: masters, moments with their scales,
   /// running means and step counts.
   std::vector<at::Tensor> state_tensors() const;
+  /// The statistics of each gradient are taken in a hook as it appears in the backward, instead of
+  /// in a pass of the step over all of them; the step is the same, bit for bit. A gradient that was
+  /// replaced or edited since is read again. Edits that count no version are not seen: `.data()`,
+  /// which torch::nn::utils::clip_grad_norm_ and clip_grad_value_ write through, collectives, other
+  /// libraries; leave it off there. A hook that a parameter has goes on running, before ours; one
+  /// that is set later replaces ours until the next step, which puts it back behind. Every backward
+  /// of an accumulation reads the sum anew, and on a CPU a read costs about what it saves: measure
+  /// first (docs/telemetry.md). Call it while no backward runs.
+  void stats_in_backward(bool enabled = true);
   /// Steps skipped without a scaler, for a non-finite gradient.
   int64_t steps_skipped() const { return steps_skipped_; }
 
@@ -233,6 +242,7 @@ class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
  protected:
   friend class halfstep::GradScaler;
   friend class halfstep::Recorder;
+  class BackwardStats;
   using Options = torch::optim::OptimizerOptions;
   using Group = torch::optim::OptimizerParamGroup;
   Optimizer(std::vector<Group> groups, std::vector<std::string> names,
@@ -265,12 +275,15 @@ class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
   void step_with(const at::Tensor& scale, const at::Tensor& found_inf, const at::Tensor& clip,
                  const std::vector<std::pair<Room*, at::Tensor>>& stats, bool judged);
   void follow_edits();
+  void place_hooks();
 
   std::vector<std::unique_ptr<Room>> rooms_;
   std::vector<std::string> names_;
   const char* kind_;
   at::Tensor control_;
   int64_t steps_skipped_ = 0;
+  bool in_backward_ = false;
+  std::vector<std::shared_ptr<BackwardStats>> backward_;  ///< by group, where in_backward_
 };
 
 /// What an optimizer does by the type of its options (csrc/api/optim_rules.cpp).
