@@ -1,4 +1,5 @@
-"""Writes the tables of README.md and docs/ from benchmarks/results/cpu.json and audit_cpu.json, between `<!-- table: name -->` and `<!-- end -->`."""
+"""Writes the tables of README.md and docs/ from benchmarks/results/cpu.json and audit_cpu.json, between `<!-- table: name -->` and `<!-- end -->`;
+those named `plain_…` are of plain_cpu.json, a CPU without FP16 or matrix units."""
 
 import json
 import re
@@ -119,13 +120,14 @@ def audit(result):
     return "\n".join(lines)
 
 
-TABLES = {"audit": audit, "monitor": monitor, "gpt": gpt, "layers": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
+TABLES = {"plain_layers": layers, "plain_gpt": gpt, "audit": audit, "monitor": monitor, "gpt": gpt, "layers": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
 
 
 def main():
     results = {}
-    for file in sorted((ROOT / "benchmarks/results").glob("*cpu.json")):
-        results |= json.loads(file.read_text())
+    for file, prefix in (("cpu", ""), ("audit_cpu", ""), ("plain_cpu", "plain_")):
+        result = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text())
+        results |= {prefix + name: rows for name, rows in result.items()}
 
     def table(match):
         name = match.group(2)

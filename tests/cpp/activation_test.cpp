@@ -73,7 +73,7 @@ TEST_CASE("a gated unit counts what left the range, and its clone keeps the coun
 }
 
 TEST_CASE("gated units and losses take their place in a Sequential", "[activation]") {
-  const auto x = at::randn({3, 8}), target = at::tensor({0, 4, 2});
+  const auto x = at::randn({3, 8}), target = at::tensor({0, 4, 2}, at::kLong);
   torch::nn::Sequential net(torch::nn::Linear(8, 12), nn::SwiGLU(), nn::GeGLU());
   const auto up = net->ptr<torch::nn::LinearImpl>(0)->forward(x);
   CHECK(at::equal(net->forward(x), hf::geglu(hf::swiglu(up))));
