@@ -13,16 +13,20 @@ namespace {
 
 constexpr int64_t kGrain = 32768;  // elements: below that a thread costs more than it brings
 
-/// body(row, scratch) for all rows, with `bytes` of scratch. Causal rows grow with their number:
-/// first and last ones are taken in turn, so that every thread gets as many elements.
+/// body(row, scratch) for all rows, with `bytes` of scratch. Causal rows grow within their matrix:
+/// where a thread has but a few matrices, first and last rows are taken in turn, so that every
+/// thread gets as many elements. In order they are quicker, since memory is then read ahead.
 template <class Body>
 void for_each_row(const math::SoftmaxRows& all, int64_t bytes, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(all.length, 1));
+  const int64_t queries = all.queries.size;
+  const bool in_turn = all.causal && all.rows < 8 * at::get_num_threads() * queries;
   at::parallel_for(0, all.rows, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<char[]> scratch(new char[size_t(bytes)]);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t alternating = i % 2 == 0 ? i / 2 : all.rows - 1 - i / 2;
-      body(all.causal ? alternating : i, scratch.get());
+      const int64_t at = i % queries, first = i - at;
+      const int64_t turn = at % 2 == 0 ? at / 2 : queries - 1 - at / 2;
+      body(in_turn ? first + turn : i, scratch.get());
     }
   });
 }
