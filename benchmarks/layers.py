@@ -23,7 +23,7 @@ from typing import Callable
 import torch
 
 ENVIRONMENTS = {"as it is": {}, "FP16 unit hidden": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}}
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 SLOW_MS = 400  # such an arm runs twice only
 FIRST_MS = 1000  # what is added to a first call
 HOPELESS_MS = 3000  # eager, such an arm is left out, compiled too: it is not the quickest

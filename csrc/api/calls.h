@@ -17,6 +17,12 @@ using OptionalTensors = c10::List<OptionalTensor>;
 
 using ops::find_op;
 
+/// The tensor there. Nothing waits, but for what comes to the CPU, whose ops would read a copy that
+/// is still on its way.
+inline at::Tensor to_device(const at::Tensor& t, c10::Device device, at::ScalarType type) {
+  return t.to(device, type, /*non_blocking=*/!device.is_cpu());
+}
+
 inline at::Tensor grad_stats(const OptionalTensors& grads, Tensors table = {}) {
   static const auto op =
       find_op<at::Tensor(const OptionalTensors&, Tensors)>("halfstep::grad_stats");

@@ -225,7 +225,8 @@ void Optimizer::step_with(const at::Tensor& scale, const at::Tensor& found_inf,
   if (!stats.empty() || found_inf.defined() || clip.defined() || scale.defined()) {
     const auto device = !stats.empty() ? stats[0].second.device() : found_inf.device();
     const auto there = [&](const at::Tensor& t) {
-      return t.defined() ? api::OptionalTensor(t.to(device, t.scalar_type(), true)) : std::nullopt;
+      return t.defined() ? api::OptionalTensor(api::to_device(t, device, t.scalar_type()))
+                         : std::nullopt;
     };
     std::vector<at::Tensor> tables;
     for (const auto& entry : stats) tables.push_back(*there(entry.second));
@@ -235,8 +236,8 @@ void Optimizer::step_with(const at::Tensor& scale, const at::Tensor& found_inf,
   }
   for (const auto& room : rooms_)
     if (room->has_grads()) {
-      apply(*room,
-            control_.defined() ? control_.to(room->steps.device(), at::kDouble, true) : control_);
+      apply(*room, control_.defined() ? api::to_device(control_, room->steps.device(), at::kDouble)
+                                      : control_);
       room->stepped();
     }
   for (const auto& stats : backward_) stats->forget();

@@ -119,18 +119,20 @@ void Recorder::State::look(torch::optim::Optimizer& optimizer) {
       on->grads.push_back(values_of(grad.is_sparse() ? grad.coalesce() : grad));
     }
   for (const Device& on : devices) {
-    const at::Tensor factor = scale.to(at::TensorOptions(on.device).dtype(at::kFloat), true);
+    const at::Tensor factor = api::to_device(scale, on.device, at::kFloat);
     entries.insert(entries.end(), on.tensors.begin(), on.tensors.end());
     parts.push_back(at::cat(
         {api::grad_histogram(on.grads, factor), api::grad_stats(on.grads).slice(0, 0, -1)}, 1));
   }
 }
 
-/// The number of a tensor, which is told before the first row that has it.
+/// The number of a tensor, which is told before the first row that has it. Another optimizer may
+/// come to lie where one was that ended.
 int64_t Recorder::State::tensor(int64_t optimizer, const std::string& name,
                                 const at::Tensor& param) {
   const auto number = int64_t(tensors.size());
-  const auto [known, fresh] = tensors.try_emplace({optimizer, name}, number);
+  const auto [known, fresh] =
+      tensors.try_emplace({optimizer, name, param.scalar_type(), param.numel()}, number);
   if (!fresh) return known->second;
   drain(true);
   write(Json('{')
@@ -149,12 +151,14 @@ void Recorder::State::updated(const GradScaler::State& scaler, bool by_hand) {
   at::Tensor found = scaler.numbers[math::kStateLastFoundInf];
   if (by_hand) {
     std::vector<at::Tensor> flags;
-    for (const auto& [optimizer, flag] : scaler.last_found) flags.push_back(flag);
+    if (!scaler.fresh)  // else they are of the iteration before
+      for (const auto& [optimizer, flag] : scaler.last_found) flags.push_back(flag);
     found = flags.empty() ? at::zeros({1}, there) : scaler.bad_of(flags);
   }
   std::vector<at::Tensor> all = {scale, found, scaler.loss, scaler.numbers[math::kStateScale]};
   all.insert(all.end(), parts.begin(), parts.end());
-  for (at::Tensor& part : all) part = part.reshape({-1}).to(there, /*non_blocking=*/true);
+  for (at::Tensor& part : all)
+    part = api::to_device(part.reshape({-1}), there.device(), at::kDouble);
   pending.push_back({++rows, by_hand, std::move(entries), send(at::cat(all))});
   forget();
   drain(false);

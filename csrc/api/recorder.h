@@ -7,7 +7,8 @@
 #include <deque>
 #include <map>
 #include <set>
-#include <utility>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "arrival.h"
@@ -55,7 +56,8 @@ struct Recorder::State {
 
   int descriptor = -1, error = 0;
   bool told = false;  ///< the policy and its state are in the file
-  std::map<std::pair<int64_t, std::string>, int64_t> tensors;    ///< the number of each
+  using Known = std::tuple<int64_t, std::string, at::ScalarType, int64_t>;
+  std::map<Known, int64_t> tensors;                              ///< the number of each
   std::map<const torch::optim::Optimizer*, int64_t> optimizers;  ///< likewise, from 1
   std::deque<Row> pending;
   // Of the iteration that runs:

@@ -73,6 +73,7 @@ void GradScaler::State::leave(const std::vector<State*>& moved) {
 
 void GradScaler::State::advance(std::optional<double> new_scale) {
   if (new_scale) {
+    if (const auto open = recording(); open && fresh) open->begin(*this);  // nothing was stepped
     scale.fill_(*new_scale);
     numbers[math::kStateScale].fill_(double(float(*new_scale)));
   } else {

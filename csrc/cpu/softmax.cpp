@@ -24,9 +24,9 @@ void for_each_row(const math::SoftmaxRows& all, int64_t bytes, const Body& body)
   at::parallel_for(0, all.rows, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<char[]> scratch(new char[size_t(bytes)]);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = i % queries, first = i - at;
-      const int64_t turn = at % 2 == 0 ? at / 2 : queries - 1 - at / 2;
-      body(in_turn ? first + turn : i, scratch.get());
+      const int64_t query = i % queries;
+      const int64_t turn = query % 2 == 0 ? query / 2 : queries - 1 - query / 2;
+      body(in_turn ? i - query + turn : i, scratch.get());
     }
   });
 }

@@ -9,9 +9,9 @@
 //   and 5 before.
 //   normal: Phi(-t) = exp(-t^2/2) R(t) for t >= 0, and R(t) (t + 2.8) is a polynomial of degree 8
 //   in t/(t + 2.8): relative error below 6e-8 up to t = 12.
-//   kHalf, for results in FP16: fewer terms, relative error below 2^-19 (2^-17 beyond 5), and 0
-//   from t = 9.5 on, where Phi and its slope times the largest FP16 numbers, a gradient's and a
-//   gated unit's, are below what FP16 holds.
+//   kHalf, for results in FP16 (exp: in 16 bits): fewer terms, relative error below 2^-19 (2^-17
+//   beyond 5), and 0 from t = 9.5 on, where Phi and its slope times the largest FP16 numbers, a
+//   gradient's and a gated unit's, are below what FP16 holds.
 // Arithmetic on subnormal numbers takes a CPU a hundred times as long, so it is met only where a
 // result itself is about to be subnormal; exp is 0 from e^-86.5 = 2^-124.8 down.
 // Coefficients: Chebyshev interpolation of the exact functions, then rounded to FP32.
@@ -129,7 +129,7 @@ HALFSTEP_FN V exp_negative(V x) {
 }
 
 /// The logistic function at x: `below` = 1 / (1 + e^-x), `above` = 1 - below = e^-x below. Both
-/// keep their relative precision; with kHalf `above` is within 2^-23.
+/// keep their relative precision; with kHalf `above` is within 2^-22.
 template <class V>
 struct Logistic {
   V below, above;

@@ -42,8 +42,8 @@ HALFSTEP_FN NormRow<T> norm_row(T mean, double sum, double squares, int64_t n, d
 
 template <class V, class T>
 HALFSTEP_FN V normalise(V x, const NormRow<T>& row) {
-  return fma(x - broadcast<V>(row.mean), broadcast<V>(row.rstd),
-             broadcast<V>(-(row.rest * row.rstd)));
+  const T shift = row.rest == 0 ? -T(0) : -(row.rest * row.rstd);  // rstd may be infinite
+  return fma(x - broadcast<V>(row.mean), broadcast<V>(row.rstd), broadcast<V>(shift));
 }
 
 /// What the gradient of a row is formed with.

@@ -49,14 +49,15 @@ HALFSTEP_FN V masked_logit(const V& x, const V& scale, const V& mask) {
   return select(mask == none, none, fma(x, scale, mask));
 }
 
-/// exp(scale * x - top), where scale * x <= top but for its rounding. FP32: with what the product
-/// and the difference dropped, which is most of a small result's error; below 16 bits it does not
-/// show.
+/// exp(scale * x - top), where scale * x <= top but for its rounding, which may be large. FP32:
+/// with what the product and the difference dropped, which is most of a small result's error; below
+/// 16 bits it does not show.
 template <Dtype kDtype, class V>
 HALFSTEP_FN V softmax_exp(const V& x, const V& scale, const V& top) {
   const V zero = broadcast<V>(0);
-  if constexpr (kDtype != Dtype::kF32)
-    return exp_negative<dtype_size(kDtype) == 2>(fma(x, scale, zero - top));
+  if constexpr (kDtype == Dtype::kF64) return exp(fma(x, scale, zero - top));
+  if constexpr (dtype_size(kDtype) == 2)
+    return exp_negative<true>(at_most(fma(x, scale, zero - top), 0));
   const V product = x * scale, difference = product - top;
   const V back = difference - product;
   const V dropped =

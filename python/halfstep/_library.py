@@ -40,6 +40,11 @@ def fence(tensors):
         H.fence_(tensors)
 
 
+def to_device(tensor, device, dtype=None):
+    """The tensor there. Nothing waits, but for what comes to the CPU: its ops would read a copy that is still on its way."""
+    return tensor.to(device=device, dtype=dtype or tensor.dtype, non_blocking=torch.device(device).type != "cpu")
+
+
 TensorList = _C.TensorList
 
 

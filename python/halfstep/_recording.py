@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ._library import H
+from ._library import H, to_device
 from ._room import capturing, dtype_name, names_of
 from ._stats import LAST_BAD, LOSS, SCALE, send
 
@@ -42,7 +42,7 @@ class Recorder:
         self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115  closed by close()
         self.path, self.rows = Path(path), 0
         self._tensors, self._pending, self._free, self._rule = {}, [], [], None
-        self._optimizers = weakref.WeakKeyDictionary()  # the number of each
+        self._optimizers, self._next = weakref.WeakKeyDictionary(), 1  # the number of each, from 1
         self._forget()
         self._write({"format": FORMAT, "version": VERSION, "every": every})
 
@@ -76,7 +76,8 @@ class Recorder:
         if self._scale is None or id(optimizer) in self._seen:  # None: recording began in the middle of an iteration
             return
         self._seen.add(id(optimizer))
-        number = self._optimizers.setdefault(optimizer, len(self._optimizers) + 1)
+        number = self._optimizers.setdefault(optimizer, self._next)  # held weakly: their count falls when one ends
+        self._next = max(self._next, number + 1)
         if self.rows % self._every:
             return
         devices = {}
@@ -88,11 +89,11 @@ class Recorder:
                     grads.append(param.grad.coalesce()._values() if param.grad.is_sparse else param.grad)
         for device, (entries, grads) in devices.items():
             self._entries += entries
-            factor = scale.reshape(()).float().to(device, non_blocking=True)
+            factor = to_device(scale.reshape(()), device, torch.float32)
             self._parts.append(torch.cat([H.grad_histogram(grads, factor), H.grad_stats(grads, [])[:-1]], 1))
 
     def _tensor(self, optimizer, name, param):
-        key = (optimizer, name)
+        key = (optimizer, name, param.dtype, param.numel())
         if key not in self._tensors:
             self._tensors[key] = len(self._tensors)
             self._drain(wait=True)
@@ -107,10 +108,10 @@ class Recorder:
         scaler, history = self._scaler, self._scaler._history
         device = scaler._state.device
         if by_hand:
-            found, loss = scaler._combine(scaler._found.values(), device) if scaler._found else torch.zeros((), device=device), history.judged
+            found, loss = scaler._combine(scaler._found.values(), device) if scaler._found and not scaler._fresh else torch.zeros((), device=device), history.judged
         else:
             found, loss = history.last[LAST_BAD], history.last[LOSS]
-        there = lambda t: t.reshape(-1).to(device, torch.float64, non_blocking=True)
+        there = lambda t: to_device(t.reshape(-1), device, torch.float64)
         numbers = torch.cat([there(t) for t in (self._scale, found, loss, scaler._state[SCALE], *self._parts)])
         self._pending.append((self.rows + 1, by_hand, self._entries, *send(numbers, self._free)))
         self.rows += 1

@@ -8,7 +8,7 @@ from operator import attrgetter
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._library import H, TensorList, grad_stats, pointers, versions
+from ._library import H, TensorList, grad_stats, pointers, to_device, versions
 
 SIXTEEN = (torch.float16, torch.bfloat16)
 MASTERS = ("auto", "fp32", "fp64", "split16", "split8", "kahan", "stochastic", "none")
@@ -489,7 +489,7 @@ class Room:
         if torch.compiler.is_compiling():
             # torch 2.11 loses in-place ops on 0-d float64 tensors of the CPU when it traces a function a second time.
             there = dict(dtype=torch.float64, device=self.steps.device)
-            return lr.reshape(()).to(**there, non_blocking=True) if isinstance(lr, torch.Tensor) else torch.ones((), **there) * lr  # a product stays a number of the graph; full() would fix it
+            return to_device(lr.reshape(()), **there) if isinstance(lr, torch.Tensor) else torch.ones((), **there) * lr  # a product stays a number of the graph; full() would fix it
         if isinstance(lr, torch.Tensor):
             self.lr.copy_(lr.reshape(()))
         elif lr != self.lr_value:

@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 
-from ._library import grad_stats
+from ._library import grad_stats, to_device
 from ._room import capturing, names_of, warn
 
 STATE_ENTRIES, ROW = 16, 8
@@ -167,7 +167,7 @@ class History:
         if self.loss is None or not loss.is_floating_point():
             return
         loss = loss.detach()
-        self.loss.add_((loss if loss.dim() == 0 else loss.sum()).to(self.loss.device, non_blocking=True))
+        self.loss.add_(to_device(loss if loss.dim() == 0 else loss.sum(), self.loss.device))
 
     def begin(self, state):
         """The first step after an update; what is known of the one before is no longer asked for."""
@@ -183,7 +183,7 @@ class History:
         self.steps.append(([(holder.names, table) for holder, table, _ in stats], control))
 
     def flushed(self, count):
-        self._flushed = count if self._flushed is None else self._flushed + count.to(self._flushed.device, non_blocking=True)
+        self._flushed = count if self._flushed is None else self._flushed + to_device(count, self._flushed.device)
 
     def updated(self, state):
         """Queues one copy of this update's numbers to the host; nothing waits for it.
@@ -198,7 +198,7 @@ class History:
             optimizer.report_overflow()
         self._compiled, self._late = [], False
         state, device = state[:STATE_ENTRIES], state.device
-        there = lambda t: t.to(device, torch.float64, non_blocking=True).reshape(-1)
+        there = lambda t: to_device(t, device, torch.float64).reshape(-1)
         zero = torch.zeros(1, dtype=torch.float64, device=device)
         controls = [there(control) for _, control in self.steps]
         norms = [control[2:3] for control in controls]

@@ -9,7 +9,7 @@ from torch._compile import _disable_dynamo
 from torch.amp.grad_scaler import OptState
 
 from . import checkpoint, optim, policies
-from ._library import H, fence, grad_stats
+from ._library import H, fence, grad_stats, to_device
 from ._room import warn
 from ._stats import APPLIED, SCALE, SKIPPED, TRACKER, History, gradients, members, stats_of
 
@@ -195,7 +195,7 @@ class GradScaler(torch.amp.GradScaler):
             entry._history.scaled(outputs)
             entry._scaled = True
             wide = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
-            return wide * entry._scale.to(outputs.device, non_blocking=True)
+            return wide * to_device(entry._scale, outputs.device)
         if isinstance(outputs, dict):
             return type(outputs)((k, self.scale(v, which)) for k, v in outputs.items())
         if isinstance(outputs, (list, tuple)):
@@ -243,7 +243,7 @@ class GradScaler(torch.amp.GradScaler):
                 widened.append((param, grad))
             else:
                 in_place.append(grad)
-        return {device: self._unscale_lists(optimizer, in_place, widened, inv_scale.to(device, non_blocking=True)) for device, (in_place, widened) in devices.items()}
+        return {device: self._unscale_lists(optimizer, in_place, widened, to_device(inv_scale, device)) for device, (in_place, widened) in devices.items()}
 
     def _unscale_lists(self, optimizer, in_place, widened, inverse):
         """In place, or for the pairs of `widened` into an FP32 gradient of the parameter. Returns the flag of what was found."""
@@ -333,7 +333,7 @@ class GradScaler(torch.amp.GradScaler):
     def _look(self, tables):
         """Keeps the statistics of gradients that still carry the scale, where the policy looks at them."""
         if self._enabled and policies.looks_at_gradients(self._rule):
-            self._tables += [table.to(self._scale.device, non_blocking=True) for table in tables()]
+            self._tables += [to_device(table, self._scale.device) for table in tables()]
 
     def _scale_for(self, optimizer, unscaled):
         """The scale still in the gradients: ours times what the user left in optimizer.grad_scale, as in torch."""
@@ -445,7 +445,7 @@ class GradScaler(torch.amp.GradScaler):
     @staticmethod
     def _combine(flags, device):
         """MAX over devices; NaN stays NaN and counts as found."""
-        flags = [f.reshape(()).float().to(device, non_blocking=True) for f in flags]
+        flags = [to_device(f.reshape(()), device, torch.float32) for f in flags]
         return flags[0] if len(flags) == 1 else torch.stack(flags).amax()
 
     # -- clipping ----------------------------------------------------------------------------------
@@ -538,6 +538,8 @@ class GradScaler(torch.amp.GradScaler):
                 raise ValueError(f"update: new_scale is {new_scale}; expected a number or a 1-element tensor that requires no grad")
             if value.device.type == "cpu" and not (policies.LOWEST_SCALE <= float(value) <= policies.HIGHEST_SCALE):
                 raise ValueError(f"update: new_scale is {float(value)}; expected between 2^-126 and 2^127")
+            if self._history.recorder is not None and self._fresh:
+                self._history.recorder.begin()  # nothing was stepped in this iteration
             self._scale.copy_(value.reshape(()))
             self._state[SCALE] = self._scale
         else:

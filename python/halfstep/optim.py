@@ -7,7 +7,7 @@ import torch
 
 from . import checkpoint
 from ._backward import BackwardStats
-from ._library import _C, H, fence, grad_stats, step_op
+from ._library import _C, H, fence, grad_stats, step_op, to_device
 from ._modes import describe, mode, plain_mode
 from ._room import LIMIT, MASTERS, SIXTEEN, STATES, Room, Turn, capturing, check_fits, check_parameter, dtype_name, names_of, own, take_exact, warn_edited, warn_overflow
 from ._stats import Names
@@ -291,7 +291,7 @@ class Optimizer(torch.optim.Optimizer):
         rates = [room.device_lr() for room, _ in work]
         for (room, grads), lr in zip(work, rates):
             fence(room.params)
-            self._apply(room, grads, lr, None if control is None else control.to(room.steps.device, non_blocking=True))
+            self._apply(room, grads, lr, None if control is None else to_device(control, room.steps.device))
         self._turn.control = control
         self._count_skip(judged, control)
         for room, grads in work:
@@ -306,12 +306,12 @@ class Optimizer(torch.optim.Optimizer):
         inputs = [t for t in (*stats[:1], found_inf, clip, scale) if t is not None]
         if not inputs:
             return None
-        to = lambda t: None if t is None else t.to(inputs[0].device, non_blocking=True)
+        to = lambda t: None if t is None else to_device(t, inputs[0].device)
         return H.step_control([to(s) for s in stats], to(scale), to(found_inf), to(clip), -1.0 if self.max_grad_norm is None else float(self.max_grad_norm))
 
     def _count_skip(self, judged, control):
         if control is not None and not judged:
-            self._skipped.add_(control[:1].to(self._skipped.device, non_blocking=True))
+            self._skipped.add_(to_device(control[:1], self._skipped.device))
 
     @property
     def steps_skipped(self):
@@ -713,7 +713,7 @@ class Masters(torch.optim.Optimizer):
 
     def _make_control(self, scale, found_inf, clip, stats):
         device = stats[0].device
-        to = lambda t: None if t is None else t.to(device, non_blocking=True)
+        to = lambda t: None if t is None else to_device(t, device)
         return H.step_control([to(table) for table in stats], to(scale), to(found_inf), to(clip), -1.0)
 
     def _load_grads(self, factor):

@@ -167,6 +167,44 @@ TEST_CASE("a scale set by hand and a loaded state are in the trace", "[record]")
   CHECK(has(lines[6], R"({"step":3,"scale":4,)"));
 }
 
+TEST_CASE("a scale that is set without a step is recorded", "[record]") {
+  Folder folder;
+  One run{policies::Dynamic().init_scale(8)};
+  Recorder recorder(run.scaler, folder / "t");
+  run.step(half({INFINITY, 0}));
+  run.scaler.scale(torch::tensor(2.5));
+  run.scaler.update(64.0);
+  run.step();
+  recorder.close();
+  const auto lines = lines_of(folder / "t");
+  REQUIRE(lines.size() == 6);
+  CHECK(has(lines[3], R"({"step":1,"scale":8,"loss":1.5,"found_inf":1,)"));
+  CHECK(lines[4] == R"({"step":2,"scale":4,"loss":2.5,"found_inf":0,"set":64,"grads":[]})");
+  CHECK(has(lines[5], R"({"step":3,"scale":64,"loss":1.5,"found_inf":0,)"));
+}
+
+TEST_CASE("a parameter of another dtype or size is another tensor, wherever its optimizer lies",
+          "[record]") {
+  Folder folder;
+  GradScaler scaler;
+  Recorder recorder(scaler, folder / "t");
+  std::optional<torch::optim::SGD> opt;  // one after the other in the same place
+  for (const auto& weight : {torch::zeros({2}, at::kHalf), torch::zeros({3})}) {
+    const auto w = weight.clone().requires_grad_();
+    opt.emplace(std::vector<at::Tensor>{w}, torch::optim::SGDOptions(0.0));
+    scaler.scale(torch::tensor(1.0));
+    w.mutable_grad() = torch::ones_like(weight);
+    scaler.step(*opt);
+    scaler.update();
+  }
+  recorder.close();
+  const auto lines = lines_of(folder / "t");
+  REQUIRE(lines.size() == 6);
+  CHECK(has(lines[2], R"("dtype":"float16","numel":2})"));
+  CHECK(has(lines[4], R"({"tensor":1,)"));
+  CHECK(has(lines[4], R"("dtype":"float32","numel":3})"));
+}
+
 TEST_CASE("recording that begins within an iteration starts with the next", "[record]") {
   Folder folder;
   One run;

@@ -408,6 +408,20 @@ def test_refusals_name_what_was_given():
             call()
 
 
+def test_sums_of_a_row_are_fp32_for_64_terms_of_a_lane():
+    """2^24 + 1 is 2^24 in FP32: the ones that follow in the same 64 terms are lost, those after them are not. Two sums take packs in turn."""
+    x = torch.zeros(1, 128, 2, 16)
+    x[0, :, 0, 0] = 1.0
+    x[0, 0, 0, 0] = 2.0**12
+    _, _, rstd = torch.ops.halfstep.rms_norm(x.reshape(1, 4096), [4096], None, 0.0, 0.0, None)
+    assert rstd.item() == torch.tensor(((2**24 + 64) / 4096) ** -0.5, dtype=torch.float64).float().item()
+
+
+def test_rms_norm_of_a_row_whose_squares_vanish_is_infinite_without_eps():
+    y, _, _ = torch.ops.halfstep.rms_norm(torch.full((1, 32), 1e-30), [32], None, 0.0, 0.0, None)
+    assert torch.equal(y, torch.nn.functional.rms_norm(torch.full((1, 32), 1e-30), (32,), eps=0.0)) and y.isinf().all()
+
+
 PROGRAM = r"""
 import hashlib, numpy, sys, torch, halfstep
 H = torch.ops.halfstep

@@ -277,6 +277,9 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
         if n > 1:
             for interleaved in (False, True):
                 digest.update(hs.functional.rope(x, cos[:, : n // 2], sin[:, : n // 2], interleaved).view(torch.uint8).numpy().tobytes())
+# scale x before its rounding is 320 above its rounding, which is the row's largest
+row, scale = torch.tensor([129 * 2.0**26, 0.0]).bfloat16(), 1 + 40 * 2.0**-23
+assert hs.functional.softmax(row, -1, scale).tolist() == [1, 0]
 print(digest.hexdigest())
 """
 

@@ -1,5 +1,6 @@
 """Recording a run and replaying it: the recorded policy gives the recorded run, another one what the histograms allow to say."""
 
+import gc
 import json
 import math
 import os
@@ -140,6 +141,36 @@ def test_recording_that_begins_within_an_iteration_starts_with_the_next(tmp_path
         p.grad = torch.ones(2)
         scaler.step(opt), scaler.update()
     assert [(s.step, s.loss, s.grads.count.tolist()) for s in read(tmp_path / "t").steps] == [(1, 3.0, [2])]
+
+
+def test_a_scale_set_by_hand_without_a_step_is_recorded(tmp_path):
+    p = torch.nn.Parameter(torch.zeros(2))
+    opt, scaler = hs.optim.SGD([("w", p)], lr=0.0), hs.GradScaler(init_scale=1024.0)
+    with hs.record(scaler, tmp_path / "t"):
+        for by_hand in (None, 64.0, None):
+            scaler.scale(torch.ones(()))
+            if by_hand is None:
+                p.grad = torch.full((2,), math.inf)
+                scaler.step(opt), scaler.update()
+            else:
+                scaler.update(by_hand)
+    steps = read(tmp_path / "t").steps
+    assert [(s.scale, s.set, s.found_inf) for s in steps] == [(1024.0, None, True), (512.0, 64.0, False), (64.0, None, True)] and steps[1].grads is None
+    assert hs.simulate(tmp_path / "t").scale == [1024.0, 512.0, 64.0]
+
+
+def test_an_optimizer_that_took_the_place_of_another_has_tensors_of_its_own(tmp_path):
+    scaler = hs.GradScaler()
+    with hs.record(scaler, tmp_path / "t"):
+        for dtype, size in ((torch.float16, 2), (torch.float32, 3), (torch.float32, 3)):
+            p = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
+            opt = hs.optim.SGD([("w", p)], lr=0.0)
+            scaler.scale(torch.ones(()))
+            p.grad = torch.ones_like(p)
+            scaler.step(opt), scaler.update()
+            del opt, p
+            gc.collect()
+    assert [(t["optimizer"], t["dtype"], t["numel"]) for t in read(tmp_path / "t").tensors] == [(1, "float16", 2), (2, "float32", 3), (3, "float32", 3)]
 
 
 # -- what another policy would have seen, against the gradients themselves -------------------------

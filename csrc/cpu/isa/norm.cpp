@@ -186,7 +186,7 @@ NormRow<Scalar<V>> load_row(const NormForward& work, int64_t row, Scalar<V>* buf
           result = read_row<V>(
               n, work.eps, centred,
               buffer, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-                fetch(x + (n + i) * X::size);
+                fetch(x, (n + i) * X::size);
                 fetch_to_write(y + i * X::size);
                 return X::load(x, i, lanes);
               });
@@ -200,8 +200,8 @@ NormRow<Scalar<V>> load_row(const NormForward& work, int64_t row, Scalar<V>* buf
               result = read_row<V>(
                   n, work.eps, centred,
                   buffer, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-                    fetch(x + (n + i) * X::size);
-                    fetch(residual + (n + i) * R::size);
+                    fetch(x, (n + i) * X::size);
+                    fetch(residual, (n + i) * R::size);
                     fetch_to_write(y + i * X::size);
                     R::store(out, i, X::load(x, i, lanes) + R::load(residual, i, lanes), lanes);
                     return R::load(out, i, lanes);
@@ -279,8 +279,8 @@ NormSlope<Scalar<V>> slope_of(const NormBackward& work, int64_t row, const Row<V
               for_each_pair(
                   work.n,
                   [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
-                    fetch(grad + (work.n + i) * G::size);
-                    fetch(x + (work.n + i) * X::size);
+                    fetch(grad, (work.n + i) * G::size);
+                    fetch(x, (work.n + i) * X::size);
                     const V dy = G::load(grad, i, lanes);
                     const V z = within(norm_near_z(X::load(x, i, lanes), mean, rstd), lanes, 0);
                     const V g = dy * load_lanes(weight + i);

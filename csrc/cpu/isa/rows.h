@@ -44,8 +44,11 @@ HALFSTEP_FN F64 within(const F64& x, Part part, double rest) {
   return load_lanes(lanes);
 }
 
-/// Asks the cache for memory that is read, or written, a little later. Any address will do.
-HALFSTEP_FN void fetch(const char* from) { __builtin_prefetch(from); }
+/// Asks the cache for memory that is read, or written, a little later. Any address will do, that of
+/// no memory too.
+HALFSTEP_FN void fetch(const char* base, int64_t offset) {
+  __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(base) + offset));
+}
 HALFSTEP_FN void fetch_to_write(const char* to) { __builtin_prefetch(to, 1); }
 
 template <Dtype kDtype>

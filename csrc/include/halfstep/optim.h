@@ -223,8 +223,8 @@ class HALFSTEP_API Optimizer : public torch::optim::Optimizer {
   /// which torch::nn::utils::clip_grad_norm_ and clip_grad_value_ write through, collectives, other
   /// libraries; leave it off there. A hook that a parameter has goes on running, before ours; one
   /// that is set later replaces ours until the next step, which puts it back behind. Every backward
-  /// of an accumulation reads the sum anew, and on a CPU a read costs about what it saves: measure
-  /// first (docs/telemetry.md). Call it while no backward runs.
+  /// of an accumulation reads the sum anew: measure first (docs/telemetry.md). Call it while no
+  /// backward runs.
   void stats_in_backward(bool enabled = true);
   /// Steps skipped without a scaler, for a non-finite gradient.
   int64_t steps_skipped() const { return steps_skipped_; }

@@ -21,8 +21,8 @@ namespace halfstep {
 /// the first among them, also a histogram of each gradient of every optimizer that the scaler
 /// steps, by the names of named_parameters(). Each line is one write, made when the device has
 /// finished its update. Updates wait for the device only where a tensor, or the state of the
-/// policy, is recorded for the first time. Steps of a captured CUDA graph cannot be recorded: its
-/// replays do not run this code.
+/// policy, is recorded for the first time, and for sparse gradients. Steps of a captured CUDA graph
+/// cannot be recorded: its replays do not run this code.
 ///
 /// One that is made within an iteration begins with the next. Scaler and recorder may end in any
 /// order; both belong to one thread, that of the training.
