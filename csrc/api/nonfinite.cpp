@@ -28,6 +28,11 @@ bool is_unwritten(const std::string& op) {
   return op.starts_with("aten::empty") || op.starts_with("aten::new_empty") ||
          op.starts_with("aten::_empty") || op.starts_with("aten::resize");
 }
+/// Ops that exchange with other processes, and write when those are ready: during the call or after it. What
+/// they bring came from outside, and the op that reads it says so.
+bool is_collective(const std::string& op) {
+  return op.starts_with("c10d::") || op.starts_with("_c10d_functional");
+}
 /// Ops that write constants: -inf is meant.
 bool fills(const std::string& op) {
   static constexpr std::array kNames = {
@@ -202,7 +207,7 @@ struct NonFiniteFinder::State {
     const auto handle_of_op = c10::Dispatcher::singleton().findSchema(*name);
     if (!handle_of_op) return;
     seen.op = name->name;
-    if (is_unwritten(seen.op)) return;
+    if (is_unwritten(seen.op) || is_collective(seen.op)) return;
     const Unseen unseen;
     const auto& schema = handle_of_op->schema();
     const auto inputs = fn.inputs();

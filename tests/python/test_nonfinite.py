@@ -157,6 +157,22 @@ def test_g_on_one_rank_only(tmp_path):
     assert found[0][1] == 0 and not found[0][2] and found[0][3] == "backward"  # it came from the other rank
 
 
+def test_a_collective_that_ends_within_its_call_did_not_make_what_it_brings():
+    model = net()
+
+    def run():
+        gradient = torch.ones(8)
+        torch.ops.c10d.halfstep_test_allreduce_(gradient)
+        gradient.mul_(0.5)
+        return model(torch.randn(5, 8)).sum()
+
+    with torch.library._scoped_library("c10d", "FRAGMENT") as library:
+        library.define("halfstep_test_allreduce_(Tensor(a!) x) -> Tensor(a!)")
+        library.impl("halfstep_test_allreduce_", lambda x: x.fill_(float("inf")), "CPU")
+        found = hs.find_nonfinite(model, run)
+    assert not found.producer and found.op == "aten::mul_" and found.value == "inf"
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_h_overflow_in_the_optimizer(ours):
     model = net()
