@@ -38,6 +38,19 @@ void GradScaler::State::require(const char* call) const {
               ": nothing was scaled yet; call scaler.scale(loss) earlier in the iteration");
 }
 
+/// The scale of `entry`, before the first loss too where the device was given; 1 where not enabled.
+const at::Tensor& GradScaler::State::scale_of(State& entry, const char* call) {
+  if (!enabled) {
+    if (!one.defined())
+      one = at::ones({}, at::TensorOptions(at::kFloat).device(device.value_or(at::kCPU)));
+    return one;
+  }
+  if (!entry.scale.defined() && device)
+    for (State* each : entries()) each->make(*device);
+  entry.require(call);
+  return entry.scale;
+}
+
 /// First call after an update: what was known of the last step is no longer asked for.
 void GradScaler::State::begin() {
   if (!fresh) return;
@@ -380,9 +393,7 @@ double GradScaler::get_scale(int64_t which) const {
 }
 
 const at::Tensor& GradScaler::scale_tensor(int64_t which) const {
-  const State& s = state_->entry("scale_tensor", which);
-  s.require("scale_tensor");
-  return s.scale;
+  return state_->scale_of(state_->entry("scale_tensor", which), "scale_tensor");
 }
 
 bool GradScaler::is_enabled() const { return state_->enabled; }

@@ -126,10 +126,7 @@ int64_t GradScaler::losses() const { return int64_t(state_->rest.size()) + 1; }
 
 at::Tensor GradScaler::scales() const {
   std::vector<at::Tensor> all;
-  for (const State* entry : state_->entries()) {
-    entry->require("scales");
-    all.push_back(entry->scale);
-  }
+  for (State* entry : state_->entries()) all.push_back(state_->scale_of(*entry, "scales"));
   return at::stack(all);
 }
 

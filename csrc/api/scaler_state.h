@@ -53,6 +53,7 @@ struct GradScaler::State {
   std::optional<c10::Device> device;
   bool enabled = true;
   at::Tensor scale, numbers, policy;  ///< on the device, once it is known
+  at::Tensor one;                     ///< the scale of one that is not enabled
   at::Tensor loaded;                  ///< state read before the device is known
   std::map<torch::optim::Optimizer*, Progress> progress;
   std::map<const torch::optim::Optimizer*, at::Tensor> last_found;
@@ -77,6 +78,7 @@ struct GradScaler::State {
 
   void make(c10::Device on);
   void require(const char* call) const;
+  const at::Tensor& scale_of(State& entry, const char* call);
   void begin();
   at::Tensor bad_of(const std::vector<at::Tensor>& flags) const;
   void unscale(torch::optim::Optimizer& optimizer, Progress& progress);

@@ -176,9 +176,14 @@ class GradScaler(torch.amp.GradScaler):
 
     @property
     def scale_tensor(self):
-        """The scale as a 0-d float32 device tensor; no synchronisation."""
+        """The scale as a 0-d float32 device tensor; no synchronisation. 1 where the scaler is not enabled."""
+        if not self._enabled:
+            return torch.ones((), device=self._device)
         if self._scale is None:
-            raise RuntimeError("scale_tensor: nothing was scaled yet, so the device is not known; call scale(loss) first")
+            if self._device is None:
+                raise RuntimeError("scale_tensor: nothing was scaled yet, so the device is not known; call scale(loss) first, or GradScaler(device)")
+            for each in self._entries():
+                each._lazy_init_scale_growth_tracker(torch.device(self._device))
         return self._scale
 
     def scale(self, outputs, which=0):
@@ -191,7 +196,8 @@ class GradScaler(torch.amp.GradScaler):
                 if self._device is not None and outputs.device.type != self._device:
                     raise ValueError(f"GradScaler was made for {self._device} but the loss is on {outputs.device}")
                 for each in self._entries():
-                    each._lazy_init_scale_growth_tracker(outputs.device)
+                    if each._scale is None:
+                        each._lazy_init_scale_growth_tracker(outputs.device)
             entry._history.scaled(outputs)
             entry._scaled = True
             wide = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs

@@ -54,6 +54,32 @@ TEST_CASE("each loss is in lock-step with a scaler of its own", "[api]") {
                      torch::tensor({float(both.get_scale(0)), float(both.get_scale(1))})));
 }
 
+TEST_CASE("a part of a model has a scale of its own", "[api]") {
+  // The part's gradients are 2^-30 of the rest's, which no one scale suits.
+  at::Tensor part = torch::full({64}, 8.0, torch::kHalf).set_requires_grad(true);
+  at::Tensor rest = torch::full({64}, 0.5, torch::kHalf).set_requires_grad(true);
+  optim::SGD first({rest}, optim::SGDOptions(1e-3)), second({part}, optim::SGDOptions(1e-3));
+  GradScaler scaler(quick(2).device(torch::kCPU));
+  CHECK(scaler.scales().equal(torch::tensor({0x1p14f, 0x1p14f})));
+  for (int i = 0; i < 80; ++i) {
+    first.zero_grad(), second.zero_grad();
+    const auto ratio = scaler.scales()[1] / scaler.scales()[0];
+    auto h = functional::scale_gradient(part * 1, 0x1p-20);
+    h = functional::scale_gradient(functional::scale_gradient(h, ratio), 0x1p-10);
+    scaler.scale((h * rest).to(torch::kFloat).sum(), 0).backward();
+    scaler.step(first, nullptr, 0), scaler.step(second, nullptr, 1);
+    scaler.update();
+  }
+  CHECK(scaler.get_scale(1) / scaler.get_scale(0) >= 0x1p8);
+  CHECK(scaler.stats(0).steps_applied > 40);
+  CHECK(part.grad().count_nonzero().item<int64_t>() == 64);
+
+  GradScaler off(quick(2).enabled(false)), unknown(quick(2));
+  CHECK(off.scales().equal(torch::ones({2})));
+  CHECK(off.get_scale() == 1);
+  CHECK(has(message_of([&] { unknown.scales(); }), "scales: nothing was scaled yet"));
+}
+
 TEST_CASE("the states of several losses are saved, and refused for another number", "[api]") {
   GradScaler both(quick(2)), fresh(quick(2)), single(quick(1));
   std::vector<at::Tensor> weights;

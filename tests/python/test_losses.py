@@ -254,3 +254,74 @@ def test_schedules_follow_the_loss_of_their_optimizer_and_a_recorder_refuses(tmp
     assert scaler.stats(0).steps_applied < 8
     with pytest.raises(ValueError, match="has losses=2"):
         hs.record(scaler, tmp_path / "t")
+
+
+class Fades(torch.nn.Module):
+    """x, with a smaller gradient: what a deep network does to it."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return hs.functional.scale_gradient(x, self.factor)
+
+
+def parts():
+    torch.manual_seed(0)
+    body, head = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), Fades(2.0**-20)).half(), torch.nn.Sequential(Fades(2.0**-10), torch.nn.Linear(16, 4)).half()
+    return body, head, torch.randn(32, 8).half(), torch.randn(32, 4)
+
+
+def test_each_part_of_a_model_has_a_scale_of_its_own():
+    body, head, x, y = parts()
+    scaler = hs.GradScaler("cpu", init_scale=2.0**10, growth_interval=1, losses=2)
+    optimizers = [hs.optim.SGD(head.parameters(), lr=0.0), hs.optim.SGD(body.parameters(), lr=0.0)]
+
+    def backward(of, ratio):
+        [o.zero_grad() for o in optimizers]
+        out = head(hs.functional.scale_gradient(body(x), ratio))
+        of((out.float() - y).square().mean()).backward()
+
+    for _ in range(60):
+        backward(lambda loss: scaler.scale(loss, which=0), scaler.scales[1] / scaler.scales[0])
+        scaler.step(optimizers[0], which=0), scaler.step(optimizers[1], which=1)
+        scaler.update()
+    # Each found its own place below 65504 / max|g|, and lost steps by its own overflows.
+    s = scaler.scales / 4  # the next step but one may overflow
+    assert s[1] / s[0] >= 2.0**12
+    backward(lambda loss: loss * s[0], s[1] / s[0])
+    got = [p.grad.double() / s[1] for p in body.parameters()] + [p.grad.double() / s[0] for p in head.parameters()]
+    backward(lambda loss: loss * s[0], 1.0)
+    lost = [p.grad.double() / s[0] for p in body.parameters()]
+    with torch.no_grad():
+        body.double(), head.double()
+    x = x.double()
+    backward(lambda loss: loss, 1.0)
+    want = [p.grad for p in body.parameters()] + [p.grad for p in head.parameters()]
+    for g, w in zip(got, want):
+        assert (g - w).norm() <= 2e-3 * w.norm()
+    assert all((g - w).norm() > 2e-2 * w.norm() for g, w in zip(lost, want))  # with one scale they fade
+
+
+def test_a_part_that_overflows_is_skipped_alone():
+    body, head, x, y = parts()
+    scaler = hs.GradScaler("cpu", init_scale=2.0**8, losses=2)
+    optimizers = [hs.optim.SGD(head.parameters(), lr=0.1), hs.optim.SGD(body.parameters(), lr=0.1)]
+    before = [p.detach().clone() for p in body.parameters()], [p.detach().clone() for p in head.parameters()]
+    out = head(hs.functional.scale_gradient(body(x), scaler.scales[1] / scaler.scales[0] * 2.0**60))
+    scaler.scale((out.float() - y).square().mean(), which=0).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scaler.step(optimizers[0], which=0), scaler.step(optimizers[1], which=1)
+        scaler.update()
+    assert scaler.step_was_skipped(optimizers[1]) and not scaler.step_was_skipped(optimizers[0])
+    assert scaler.scales.tolist() == [2.0**8, 2.0**7]
+    assert all(torch.equal(p, q) for p, q in zip(body.parameters(), before[0])) and not torch.equal(head[1].weight, before[1][0])
+
+
+def test_scales_are_there_before_the_first_loss_where_the_device_is_known():
+    assert hs.GradScaler("cpu", init_scale=8.0, losses=3).scales.tolist() == [8.0] * 3
+    assert hs.GradScaler(enabled=False, losses=2).scales.tolist() == [1.0, 1.0]
+    with pytest.raises(RuntimeError, match="scale_tensor: nothing was scaled yet"):
+        hs.GradScaler(losses=2).scales

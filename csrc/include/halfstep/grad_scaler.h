@@ -96,6 +96,7 @@ class HALFSTEP_API GradScaler {
 
   int64_t losses() const;
   double get_scale(int64_t which = 0) const;
+  /// float32, 0-d. Before the first loss only where the options name a device; 1 where not enabled.
   const at::Tensor& scale_tensor(int64_t which = 0) const;
   at::Tensor scales() const;                   ///< of all losses, float32 [losses] on their device
   ScalerStats stats(int64_t which = 0) const;  ///< never waits for a device
