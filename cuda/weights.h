@@ -211,14 +211,12 @@ HALFSTEP_FN void write_states(const StepTensor& t, int s, int64_t i, int lanes,
   constexpr int kCount = kGroup<T>;
   if constexpr (sizeof(T) == 4) {
     const uint32_t base = math::random_base(random, math::state_stream(s), i);
-    const auto dice = [&](int k) {
-      return math::state_dice(s, math::random_bits<uint32_t>(base, i + k));
-    };
     if (t.state_kind == StateKind::kBF16) {
       Group<uint16_t, kCount> bits;
       HALFSTEP_UNROLL
       for (int k = 0; k < kCount; ++k) {
-        bits.x[k] = uint16_t(math::bfloat_at_random(x.x[k], dice(k)));
+        const uint32_t dice = math::state_dice(s, math::random_bits<uint32_t>(base, i + k));
+        bits.x[k] = uint16_t(math::bfloat_at_random(x.x[k], dice));
       }
       return write_group<kCount>(static_cast<uint16_t*>(t.state[s]), i, lanes, bits);
     }
@@ -237,8 +235,10 @@ HALFSTEP_FN void write_states(const StepTensor& t, int s, int64_t i, int lanes,
       const int exponent = math::scale_exponent<kSigned>(largest);
       Group<int8_t, kCount> codes;
       HALFSTEP_UNROLL
-      for (int k = 0; k < kCount; ++k)
-        codes.x[k] = int8_t(math::encode_state<kSigned>(coded.x[k], exponent, dice(k)));
+      for (int k = 0; k < kCount; ++k) {
+        const uint32_t dice = math::block_dice<uint32_t>(s, base, i + k);
+        codes.x[k] = int8_t(math::encode_state<kSigned>(coded.x[k], exponent, dice));
+      }
       write_group<kCount>(static_cast<int8_t*>(t.state[s]), i, lanes, codes);
       if (i % math::kStateBlock == 0 && lanes > 0)
         write(t.exponent[s] + i / math::kStateBlock, int8_t(exponent));

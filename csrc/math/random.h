@@ -43,12 +43,20 @@ HALFSTEP_FN U random_bits(uint32_t base, int64_t i) {
 }
 
 // The uses of a step: stream 0 rounds the weight; state s takes 16 bits of stream 1 + s / 2, the
-// lower half for an even s, the upper for an odd one, so that two moments cost one hash.
+// lower half for an even s, the upper for an odd one, so that two moments cost one hash, and half a
+// hash where they are int8 (block_dice).
 constexpr uint32_t kWeightStream = 0;
 HALFSTEP_FN constexpr uint32_t state_stream(int s) { return 1 + uint32_t(s) / 2; }
 template <class U>
 HALFSTEP_FN U state_dice(int s, U bits) {
   return s % 2 == 0 ? bits & broadcast<U>(0xffffu) : bits >> 16;
+}
+
+/// The 16 bits that round int8 state s of element i. Elements 64 apart in a block share a hash
+/// crosswise: what rounds the even state of one rounds the odd state of the other.
+template <class U>
+HALFSTEP_FN U block_dice(int s, uint32_t base, int64_t i) {
+  return state_dice(s ^ int(i >> 6 & 1), random_bits<U>(base, i & ~int64_t{64}));
 }
 
 /// The magnitude of `magnitude`, which is not negative, with the sign of x.

@@ -46,32 +46,25 @@ HALFSTEP_FN void zero_lanes(char* grad, Dtype dtype, int64_t i) {
     __builtin_memcpy(grad + i * size + byte, &zero, 32);
 }
 
-/// Update of sixteen elements but for the states, which are in s and stay there. `updated(s)` runs
-/// right beside the update, and again where some lanes were taken back.
-template <class R, int kStates, class S, class Updated>
-HALFSTEP_FN int64_t step_lanes(const StepTensor& t, const typename R::Constants& c, const S& slot,
-                               char* const* data, int64_t i, int64_t element, typename S::Value* s,
-                               const Updated& updated) {
+/// The new weight p of sixteen elements is written, and what goes with it. `take_back(lanes, p)`
+/// puts the old weight and states into the lanes that would leave the range of 16 bits.
+template <class C, class S, class TakeBack>
+HALFSTEP_FN int64_t store_step(const StepTensor& t, const C& c, const S& slot, char* const* data,
+                               int64_t i, int64_t element, typename S::Value p,
+                               const TakeBack& take_back) {
   using V = typename S::Value;
-  V p = slot.load(data[kParam], data[kMaster], i), old[kStates + 1];
-  for (int k = 0; k < kStates; ++k) old[k] = s[k];
-  old[kStates] = p;
-  R::template update<V, kStates>(c, load_any<V>(data[kGrad], t.grad_dtype, i), p, s);
-  updated(s);
-  if (c.zero_grads) zero_lanes(data[kGrad], t.grad_dtype, i);
   int64_t kept = 0;
-  if (slot.sixteen() && __builtin_expect(all_below(p, slot.limit()), 1)) {
-    slot.template store<true>(data[kParam], data[kMaster], i, p, element);
-  } else {
-    if (slot.sixteen()) {
-      const auto leaves = abs(p) >= broadcast<V>(slot.limit());
-      kept = count(leaves);
-      keep(leaves, p, old[kStates]);
-      for (int k = 0; k < kStates; ++k) keep(leaves, s[k], old[k]);
-      updated(s);
-    }
-    slot.store(data[kParam], data[kMaster], i, p, element);
+  const bool stays = slot.sixteen() && all_below(p, slot.limit());
+  if (slot.sixteen() && __builtin_expect(!stays, 0)) {
+    const auto leaves = abs(p) >= broadcast<V>(slot.limit());
+    kept = count(leaves);
+    take_back(leaves, p);
   }
+  if (c.zero_grads) zero_lanes(data[kGrad], t.grad_dtype, i);
+  if (__builtin_expect(stays, 1))
+    slot.template store<true>(data[kParam], data[kMaster], i, p, element);
+  else
+    slot.store(data[kParam], data[kMaster], i, p, element);
   if (t.ema) {
     const V ema = load_wide<V>(data[kEma], i);
     store_wide(data[kEma], i, fma(constant<V>(c.ema_blend), p - ema, ema));
@@ -95,8 +88,15 @@ int64_t step_pass(const StepTensor& tensor, const typename R::Constants& constan
         for (V& unused : s) unused = constant<V>(0);
         for (int k = 0; k < kStates; ++k)
           s[k] = load_state<kHeld, true, V>(data[kState + k], i, nullptr, element);
+        V p = slot.load(data[kParam], data[kMaster], i), old[kStates + 1];
+        for (int k = 0; k < kStates; ++k) old[k] = s[k];
+        old[kStates] = p;
+        R::template update<V, kStates>(c, load_any<V>(data[kGrad], t.grad_dtype, i), p, s);
         const int64_t kept =
-            step_lanes<R, kStates>(t, c, slot, data, i, element, s, [](const V*) {});
+            store_step(t, c, slot, data, i, element, p, [&](const auto& leaves, V& weight) {
+              keep(leaves, weight, old[kStates]);
+              for (int k = 0; k < kStates; ++k) keep(leaves, s[k], old[k]);
+            });
         if constexpr (kHeld == StateKind::kBF16)
           unrolled<(kStates + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
             const U32 bits = random_bits<U32>(base[pair], element);
@@ -111,8 +111,9 @@ int64_t step_pass(const StepTensor& tensor, const typename R::Constants& constan
       });
 }
 
-/// int8 states: a block's scale is known only once all of it is updated. The update leaves what is
-/// to be coded in memory that stays in the first cache.
+/// int8 states: a block's scale is known only once all of it is updated. One loop after the other
+/// updates a block, writes its weights and codes its states; what they hand on stays in the first
+/// cache. Apart they are quicker than in one: the first waits for roots and divisions.
 template <class R, int kStates, class S>
 int64_t int8_pass(const StepTensor& tensor, const typename R::Constants& constants, const S& slot,
                   int64_t begin, int64_t end) {
@@ -121,16 +122,15 @@ int64_t int8_pass(const StepTensor& tensor, const typename R::Constants& constan
   return walk<kState + kStates, kStateBlock>(
       arrays_of<R, kStates, StateKind::kInt8>(t, c, slot, true), begin,
       end, [&](char* const* data, int64_t i, int64_t element) __attribute__((always_inline)) {
-        alignas(64) float fresh[kStates][kStateBlock];
+        alignas(64) float weights[kStateBlock], fresh[kStates][kStateBlock];
         int exponents[kStates];
         bool dirty = false;
         unrolled<kStates>([&](auto k) {
           exponents[k] = t.exponent[k][element / kStateBlock];
           dirty |= holds_nonfinite<R::is_signed(k)>(data[kState + k] + i);
         });
-        int64_t kept = 0;
         for (int64_t j = 0; j < kStateBlock; j += kLanes) {
-          F32 s[R::kStates];
+          F32 p = slot.load(data[kParam], data[kMaster], i + j), s[R::kStates];
           for (F32& unused : s) unused = constant<F32>(0);
           unrolled<kStates>([&](auto k) __attribute__((always_inline)) {
             constexpr bool kSigned = R::is_signed(k);
@@ -138,14 +138,27 @@ int64_t int8_pass(const StepTensor& tensor, const typename R::Constants& constan
             if (__builtin_expect(dirty, 0))
               s[k] = load_coded<kSigned>(data[kState + k], i + j, exponents[k]);
           });
-          kept += step_lanes<R, kStates>(
-              t, c, slot, data, i + j, element + j,
-              s, [&](const F32* x) __attribute__((always_inline)) {
-                unrolled<kStates>([&](auto k) __attribute__((always_inline)) {
-                  store_lanes(fresh[k] + j, coded_value<R::is_signed(k)>(x[k]));
-                });
-              });
+          R::template update<F32, kStates>(c, load_any<F32>(data[kGrad], t.grad_dtype, i + j), p,
+                                           s);
+          store_lanes(weights + j, p);
+          unrolled<kStates>([&](auto k) __attribute__((always_inline)) {
+            store_lanes(fresh[k] + j, coded_value<R::is_signed(k)>(s[k]));
+          });
         }
+        int64_t kept = 0;
+        for (int64_t j = 0; j < kStateBlock; j += kLanes)
+          kept += store_step(t, c, slot, data, i + j, element + j, load_lanes(weights + j),
+                             [&](const auto& leaves, F32& weight) {
+                               keep(leaves, weight, slot.load(data[kParam], data[kMaster], i + j));
+                               unrolled<kStates>([&](auto k) {
+                                 constexpr bool kSigned = R::is_signed(k);
+                                 F32 coded = load_lanes(fresh[k] + j);
+                                 const F32 old =
+                                     load_coded<kSigned>(data[kState + k], i + j, exponents[k]);
+                                 keep(leaves, coded, coded_value<kSigned>(old));
+                                 store_lanes(fresh[k] + j, coded);
+                               });
+                             });
         const int64_t count = end - element;
         if (__builtin_expect(count < kStateBlock, 0))
           for (auto& values : fresh)
@@ -155,7 +168,7 @@ int64_t int8_pass(const StepTensor& tensor, const typename R::Constants& constan
           blocks[k] = scale_of<R::is_signed(k)>(fresh[k]);
           t.exponent[k][element / kStateBlock] = int8_t(blocks[k].exponent);
         });
-        alignas(64) uint32_t bits[kStateBlock];
+        alignas(64) uint32_t bits[kBlockBits];
         unrolled<kStates>([&](auto k) {
           if constexpr (k % 2 == 0)
             fill_bits(bits, random_base(c.random, state_stream(k), element), element);
@@ -361,7 +374,7 @@ void write_state(const StepTensor& t, bool is_signed, const void* values, uint32
   }
   walk<2, kStateBlock>(arrays, begin, end, [&](char* const* data, int64_t i, int64_t element) {
     alignas(64) float coded[kStateBlock];
-    alignas(64) uint32_t bits[kStateBlock];
+    alignas(64) uint32_t bits[kBlockBits];
     for (int64_t j = 0; j < kStateBlock; j += kLanes) {
       const F32 x = load_wide<F32>(data[1], i + j);
       store_lanes(coded + j, is_signed ? coded_value<true>(x) : coded_value<false>(x));

@@ -95,9 +95,10 @@ HALFSTEP_FN bool holds_nonfinite(const char* codes) {
   return holds_byte(codes, code) | holds_byte(codes + 64, code);
 }
 
-/// Random bits of a block's elements, for every state that shares them.
+/// Random bits of a block, for every state that shares them: half a word an element (block_dice).
+constexpr int64_t kBlockBits = kStateBlock / 2;
 HALFSTEP_FN void fill_bits(uint32_t* bits, uint32_t base, int64_t element) {
-  for (int64_t i = 0; i < kStateBlock; i += kLanes)
+  for (int64_t i = 0; i < kBlockBits; i += kLanes)
     store_lanes(bits + i, random_bits<U32>(base, element + i));
 }
 
@@ -128,10 +129,11 @@ HALFSTEP_FN Block scale_of(const float* values) {
 template <bool kSigned, int k, bool kFinite>
 HALFSTEP_FN void encode_groups(const float* values, const uint32_t* bits, int exponent,
                                int8_t* codes) {
+  static_assert(kBlockBits == 64);
   for (int64_t i = 0; i < kStateBlock; i += 64) {
     I32 group[4];
     for (int64_t g = 0; g < 4; ++g) {
-      const U32 dice = state_dice(k, load_lanes(bits + i + g * kLanes));
+      const U32 dice = state_dice(i == 0 ? k : k ^ 1, load_lanes(bits + g * kLanes));
       group[g] =
           encode_state<kSigned, kFinite>(load_lanes(values + i + g * kLanes), exponent, dice);
     }
