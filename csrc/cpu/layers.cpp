@@ -1,10 +1,10 @@
-// Layers whose stock FP16 kernel is slow, or that have none, computed by the stock FP32 kernel and
-// rounded once.
+// Layers whose stock FP16 kernel is slow, or that have none: by kernels of our own (GroupNorm, max
+// and min of rows), or by the stock FP32 kernel, rounded once.
 //
 //   Measured on CPUs with the FP16 unit and without (docs/audit.md): tanh and powers 2.3 to 10
 //   times slower than FP32, norms along a dimension 5, group norm 2, im2col's and col2im's inner
-//   loop 3, grid_sample 2 to 3, means over columns 2, the backward of EmbeddingBag 1.7; avg_pool3d
-//   refuses FP16.
+//   loop 3, grid_sample 2 to 3, means over columns 2, the largest of rows 1.2 to 1.7, the backward
+//   of EmbeddingBag 1.7; avg_pool3d refuses FP16.
 //   All have CPU kernels in torch, so these stand at BackendSelect, below autograd: derivatives of
 //   any order, functorch and tracing are torch's own, and the graph keeps the 16-bit tensors.
 //   The batch is taken in parts of about kPiece elements, elementwise functions in runs that stay
@@ -19,13 +19,16 @@
 #include <ATen/ops/avg_pool3d_backward_ops.h>
 #include <ATen/ops/avg_pool3d_ops.h>
 #include <ATen/ops/col2im_ops.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/grid_sampler_2d_backward_ops.h>
 #include <ATen/ops/grid_sampler_2d_ops.h>
 #include <ATen/ops/im2col_ops.h>
 #include <ATen/ops/linalg_vector_norm_ops.h>
+#include <ATen/ops/max_ops.h>
 #include <ATen/ops/mean_ops.h>
+#include <ATen/ops/min_ops.h>
 #include <ATen/ops/native_group_norm_backward_ops.h>
 #include <ATen/ops/native_group_norm_ops.h>
 #include <ATen/ops/pow_cpu_dispatch.h>
@@ -38,6 +41,8 @@
 #include <mutex>
 
 #include "../ops/overrides.h"
+#include "isa/group_norm.h"
+#include "isa/kernels.h"
 #include "wide.h"
 
 namespace halfstep::cpu {
@@ -133,21 +138,75 @@ at::Tensor sum_of(const std::vector<at::Tensor>& parts) {
 at::Tensor rounded(const at::Tensor& t) { return t.defined() ? t.to(at::kHalf) : t; }
 
 // ---- group norm --------------------------------------------------------------------------------
-using GroupNorm = at::_ops::native_group_norm;
-using GroupNormBackward = at::_ops::native_group_norm_backward;
+using NativeGroupNorm = at::_ops::native_group_norm;
+using NativeGroupNormBackward = at::_ops::native_group_norm_backward;
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+/// Runs of a channel's pixels shorter than a pack, and channels that lie side by side, go to the
+/// stock kernel in FP32.
+bool is_planes(const at::Tensor& t, const c10::SymInt& pixels) {
+  return t.is_contiguous() && pixels >= math::kLanes;
+}
+
+const uint16_t* bits(const at::Tensor& t) {
+  return static_cast<const uint16_t*>(t.const_data_ptr());
+}
+uint16_t* writable(const at::Tensor& t) {
+  return t.defined() ? static_cast<uint16_t*>(t.mutable_data_ptr()) : nullptr;
+}
+
+/// `body(first, end)` over rows of n elements.
+template <class Body>
+void for_long_rows(int64_t rows, int64_t n, const Body& body) {
+  constexpr int64_t kGrain = 8 * math::kBlock;
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / n), body);
+}
+
+/// The operands of a row's kernels; the parameters in FP32 live as long as it does.
+struct Groups {
+  OptionalTensor weight, bias;
+  GroupNorm work;
+  int64_t rows, n;
+
+  Groups(const at::Tensor& input, const OptionalTensor& w, const OptionalTensor& b, int64_t groups,
+         const c10::SymInt& pixels)
+      : weight(contiguous(wide(w))), bias(contiguous(wide(b))) {
+    const auto values = [](const OptionalTensor& t) {
+      return t && t->defined() ? t->const_data_ptr<float>() : nullptr;
+    };
+    const int64_t channels = input.size(1) / groups;
+    work = {bits(input), values(weight), values(bias), groups, channels, pixels.expect_int()};
+    rows = input.size(0) * groups;
+    n = channels * work.pixels;
+  }
+  static OptionalTensor contiguous(OptionalTensor t) {
+    return t && t->defined() ? OptionalTensor(t->contiguous()) : t;
+  }
+};
 
 Three group_norm(DispatchKeySet keys, const at::Tensor& input, const OptionalTensor& weight,
                  const OptionalTensor& bias, c10::SymInt n, c10::SymInt c, c10::SymInt pixels,
                  int64_t groups, double eps) {
   const auto below = below_select(keys);
   if (!takes(keys, input, weight, bias) || n != input.size(0))
-    return GroupNorm::redispatch(below, input, weight, bias, n, c, pixels, groups, eps);
+    return NativeGroupNorm::redispatch(below, input, weight, bias, n, c, pixels, groups, eps);
+  if (is_planes(input, pixels)) {
+    const Plain plain;
+    const Groups of(input, weight, bias, groups, pixels);
+    const at::Tensor y = at::empty_like(input),
+                     mean = at::empty({input.size(0), groups}, y.options());
+    const at::Tensor rstd = at::empty_like(mean);
+    for_long_rows(of.rows, of.n, [&](int64_t first, int64_t end) {
+      kernels().group_norm->forward(of.work, eps, writable(y), writable(mean), writable(rstd),
+                                    first, end);
+    });
+    return {y, mean, rstd};
+  }
   Whole out, mean, rstd;
   const OptionalTensor wide_weight = wide(weight), wide_bias = wide(bias);
   for_rows(input, input, [&](const Rows& rows) {
-    const auto [a, b, d] = GroupNorm::redispatch(below, rows(input), wide_weight, wide_bias,
-                                                 rows.count, c, pixels, groups, eps);
+    const auto [a, b, d] = NativeGroupNorm::redispatch(below, rows(input), wide_weight, wide_bias,
+                                                       rows.count, c, pixels, groups, eps);
     rows.store(a, out);
     rows.store(b, mean);
     rows.store(d, rstd);
@@ -161,15 +220,31 @@ Three group_norm_backward(DispatchKeySet keys, const at::Tensor& grad, const at:
                           c10::SymInt pixels, int64_t groups, std::array<bool, 3> mask) {
   const auto below = below_select(keys);
   if (!takes(keys, grad, input, mean, rstd, weight) || n != input.size(0))
-    return GroupNormBackward::redispatch(below, grad, input, mean, rstd, weight, n, c, pixels,
-                                         groups, mask);
+    return NativeGroupNormBackward::redispatch(below, grad, input, mean, rstd, weight, n, c, pixels,
+                                               groups, mask);
+  if (is_planes(input, pixels) && is_planes(grad, pixels)) {
+    const Plain plain;
+    const Groups of(input, weight, {}, groups, pixels);
+    const at::Tensor means = mean.contiguous(), factors = rstd.contiguous();
+    const at::Tensor dx = mask[0] ? at::empty_like(input) : at::Tensor();
+    const auto shares = at::empty({2, input.size(0), input.size(1)}, at::kDouble);
+    double* share = shares.mutable_data_ptr<double>();
+    for_long_rows(of.rows, of.n, [&](int64_t first, int64_t end) {
+      kernels().group_norm->backward(of.work, bits(grad), bits(means), bits(factors), writable(dx),
+                                     share, share + shares.numel() / 2, first, end);
+    });
+    const auto total = [&](int64_t k) {
+      return mask[size_t(k + 1)] ? shares[k].sum(0).to(at::kHalf) : at::Tensor();
+    };
+    return {dx, total(0), total(1)};
+  }
   Whole grad_input;
   std::vector<at::Tensor> grad_weight(size_t(input.size(0))), grad_bias(grad_weight);
   const OptionalTensor wide_weight = wide(weight);
   for_rows(input, input, [&](const Rows& rows) {
     const auto [a, b, d] =
-        GroupNormBackward::redispatch(below, rows(grad), rows(input), rows(mean), rows(rstd),
-                                      wide_weight, rows.count, c, pixels, groups, mask);
+        NativeGroupNormBackward::redispatch(below, rows(grad), rows(input), rows(mean), rows(rstd),
+                                            wide_weight, rows.count, c, pixels, groups, mask);
     rows.store(a, grad_input);
     grad_weight[size_t(rows.part)] = b;
     grad_bias[size_t(rows.part)] = d;
@@ -350,6 +425,27 @@ at::Tensor mean(DispatchKeySet keys, const at::Tensor& self, at::OptionalIntArra
   return rounded(total.mul_(double(total.numel()) / double(self.numel())));
 }
 
+template <class Op, bool kSmallest>
+std::tuple<at::Tensor, at::Tensor> extreme(DispatchKeySet keys, const at::Tensor& self, int64_t dim,
+                                           bool keep) {
+  const bool last = self.dim() > 0 && (dim == -1 || dim == self.dim() - 1);
+  if (!takes(keys, self) || !last || !self.is_contiguous())
+    return Op::redispatch(below_select(keys), self, dim, keep);
+  const Plain plain;
+  const int64_t n = self.size(-1), rows = self.numel() / n;
+  auto sizes = self.sizes().vec();
+  if (keep)
+    sizes.back() = 1;
+  else
+    sizes.pop_back();
+  const at::Tensor values = at::empty(sizes, self.options());
+  const at::Tensor indices = at::empty(sizes, self.options().dtype(at::kLong));
+  const ExtremeRows work = {bits(self), n, writable(values), indices.mutable_data_ptr<int64_t>()};
+  for_long_rows(
+      rows, n, [&](int64_t first, int64_t end) { kernels().extreme(work, kSmallest, first, end); });
+  return {values, indices};
+}
+
 // ---- elementwise -------------------------------------------------------------------------------
 
 /// f(FP32 run, its result) over runs of 4,096 elements: 16 KiB, twice. `in` and `out` are dense
@@ -420,6 +516,8 @@ TORCH_LIBRARY_IMPL(aten, BackendSelect, m) {
   m.impl("_embedding_bag_dense_backward", embedding_bag_backward);
   m.impl("linalg_vector_norm", vector_norm);
   m.impl("mean.dim", mean);
+  m.impl("max.dim", extreme<at::_ops::max_dim, false>);
+  m.impl("min.dim", extreme<at::_ops::min_dim, true>);
   m.impl("tanh", tanh);
   m.impl("tanh_", tanh_);
   m.impl("pow.Tensor_Scalar", pow);

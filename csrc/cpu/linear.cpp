@@ -31,7 +31,10 @@
 #include <ATen/ops/mv_compositeexplicitautograd_dispatch.h>
 #include <torch/library.h>
 
+#include "../ops/gather.h"
 #include "../ops/overrides.h"
+#include "isa/kernels.h"
+#include "isa/mv.h"
 #include "product.h"
 
 namespace halfstep::cpu {
@@ -287,17 +290,36 @@ at::Tensor& sum_in_place(DispatchKeySet keys, at::Tensor& self, const at::Tensor
 }
 
 // ---- mv ----------------------------------------------------------------------------------------
-/// Without the unit torch's 16-bit kernel is quick and sums in FP32 where the rows are contiguous,
-/// and seven times slower than FP32 where they are not: a transposed matrix, as in the backward of
-/// mv itself. With the unit it is slow for FP16 in both.
+/// Torch's 16-bit kernel is slow with the unit, and without it where the rows are not contiguous: a
+/// transposed matrix, as in the backward of mv itself, took seven times as long as in FP32.
 at::Tensor mv(const at::Tensor& a, const at::Tensor& x) {
   const auto type = a.scalar_type();
-  const bool slow =
-      ops::widens_products(type) ? a.dim() == 2 && a.stride(1) != 1 : ops::widens_layers(type);
-  const bool ours = slow && x.scalar_type() == type && a.dim() == 2 && x.dim() == 1 &&
-                    a.size(1) == x.size(0) && a.numel() != 0;
+  const bool sixteen = type == at::kHalf || type == at::kBFloat16;
+  const bool ours = sixteen && (ops::widens_products(type) || ops::widens_layers(type)) &&
+                    x.scalar_type() == type && a.dim() == 2 && x.dim() == 1 &&
+                    a.size(1) == x.size(0) && a.numel() != 0 && !a.is_neg() && !x.is_neg();
   if (!ours) return at::compositeexplicitautograd::mv(a, x);
-  return fresh(a, x.unsqueeze(1), Sum()).squeeze(1);
+  const Plain plain;
+  const bool transposed = a.stride(1) != 1 && a.stride(0) == 1;
+  const at::Tensor matrix = transposed ? a.t() : a.stride(1) == 1 ? a : a.contiguous();
+  const at::Tensor vector = x.contiguous(), y = at::empty({a.size(0)}, x.options());
+  const MatrixVector work = {
+      ops::dtype_code(type), matrix.const_data_ptr(), vector.const_data_ptr(), y.mutable_data_ptr(),
+      matrix.size(0),        matrix.size(1),          matrix.stride(0)};
+  constexpr int64_t kGrain = 8 * math::kBlock;
+  const auto* kernel = kernels().mv;
+  if (!transposed) {
+    at::parallel_for(0, work.rows, std::max<int64_t>(4, kGrain / work.columns),
+                     [&](int64_t first, int64_t end) { kernel->rows(work, first, end); });
+    return y;
+  }
+  constexpr int64_t kStrip = 64;  // a cache line of y
+  const int64_t strips = (work.columns + kStrip - 1) / kStrip;
+  at::parallel_for(0, strips, std::max<int64_t>(1, kGrain / (kStrip * work.rows)),
+                   [&](int64_t first, int64_t end) {
+                     kernel->columns(work, first * kStrip, std::min(end * kStrip, work.columns));
+                   });
+  return y;
 }
 
 // ---- linear ------------------------------------------------------------------------------------

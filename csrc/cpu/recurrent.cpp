@@ -1,4 +1,4 @@
-// LSTM in FP16 through oneDNN's FP32 layer.
+// Recurrent layers in FP16 through torch's FP32 layers, for LSTM oneDNN's.
 //
 //   torch takes oneDNN's layer for FP32 only: with FP16 weights it falls back to one product and a
 //   dozen small ops a time step (2.5 times slower than FP32), and under FP16 autocast it hands
@@ -8,13 +8,19 @@
 //   derivative of the widening. The graph keeps FP32 copies of them.
 //   aten::mkldnn_rnn_layer, at BackendSelect, in which autocast ends: the same, one layer at a
 //   time, and the graph keeps the 16-bit tensors. As with FP32 there is no second derivative.
-//   Tests: tests/python/test_overrides_layers.py.
+//   GRU and the plain layers have no layer in oneDNN here and are small ops a time step in FP32
+//   too; in FP16 each of them rounds, and converts for the next. aten::gru, rnn_tanh, rnn_relu: as
+//   lstm. Tests: tests/python/test_overrides_layers.py.
 
+#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 
+#include <ATen/ops/gru_compositeimplicitautograd_dispatch.h>
 #include <ATen/ops/lstm_compositeimplicitautograd_dispatch.h>
 #include <ATen/ops/mkldnn_rnn_layer_backward_ops.h>
 #include <ATen/ops/mkldnn_rnn_layer_ops.h>
+#include <ATen/ops/rnn_relu_compositeimplicitautograd_dispatch.h>
+#include <ATen/ops/rnn_tanh_compositeimplicitautograd_dispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -77,6 +83,57 @@ Three lstm_packed(const at::Tensor& data, const at::Tensor& batch_sizes, at::Ten
                              dropout, train, bidirectional));
 }
 
+/// GRU and the plain recurrent layers: `kStock` is torch's function.
+using Two = std::tuple<at::Tensor, at::Tensor>;
+Two rounded(const Two& t) { return {rounded(std::get<0>(t)), rounded(std::get<1>(t))}; }
+
+/// Whether a plain layer runs under FP16 autocast, which casts each of its products: the results
+/// are FP16. (Those of a GRU keep the type of hx.)
+bool is_cast(const at::Tensor& input, const at::Tensor& hx, at::TensorList params) {
+  const auto castable = [](const at::Tensor& t) {
+    const bool floating = t.scalar_type() == at::kHalf || t.scalar_type() == at::kFloat;
+    return floating && t.device().is_cpu() && t.layout() == at::kStrided;
+  };
+  return at::autocast::is_autocast_enabled(at::kCPU) &&
+         at::autocast::get_autocast_dtype(at::kCPU) == at::kHalf && ops::widens_layers(at::kHalf) &&
+         castable(input) && castable(hx) && std::all_of(params.begin(), params.end(), castable);
+}
+std::vector<at::Tensor> rounded(at::TensorList list) {
+  std::vector<at::Tensor> result;
+  for (const auto& t : list) result.push_back(rounded(t));
+  return result;
+}
+
+using Padded = Two(const at::Tensor&, const at::Tensor&, at::TensorList, bool, int64_t, double,
+                   bool, bool, bool);
+template <Padded* kStock, bool kPlain = false>
+Two recurrent(const at::Tensor& input, const at::Tensor& hx, at::TensorList params, bool has_biases,
+              int64_t layers, double dropout, bool train, bool bidirectional, bool batch_first) {
+  const bool cast = kPlain && is_cast(input, hx, params);
+  if (!cast && !takes(input, hx, params))
+    return kStock(input, hx, params, has_biases, layers, dropout, train, bidirectional,
+                  batch_first);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  if (cast && !takes(input, hx, params))
+    return recurrent<kStock>(rounded(input), rounded(hx), rounded(params), has_biases, layers,
+                             dropout, train, bidirectional, batch_first);
+  return rounded(kStock(wide(input), wide(hx), wide(params), has_biases, layers, dropout, train,
+                        bidirectional, batch_first));
+}
+
+using Packed = Two(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::TensorList, bool,
+                   int64_t, double, bool, bool);
+template <Packed* kStock, bool kPlain = false>
+Two recurrent_packed(const at::Tensor& data, const at::Tensor& batch_sizes, const at::Tensor& hx,
+                     at::TensorList params, bool has_biases, int64_t layers, double dropout,
+                     bool train, bool bidirectional) {
+  if (!takes(data, hx, params))
+    return kStock(data, batch_sizes, hx, params, has_biases, layers, dropout, train, bidirectional);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  return rounded(kStock(wide(data), batch_sizes, wide(hx), wide(params), has_biases, layers,
+                        dropout, train, bidirectional));
+}
+
 using Layer = at::_ops::mkldnn_rnn_layer;
 using LayerBackward = at::_ops::mkldnn_rnn_layer_backward;
 
@@ -120,16 +177,22 @@ layer_backward(DispatchKeySet keys, const at::Tensor& input, const at::Tensor& w
   return wide_grads;
 }
 
+void add_layers(torch::Library& m) {
+  namespace stock = at::compositeimplicitautograd;
+  m.impl("lstm.input", lstm);
+  m.impl("lstm.data", lstm_packed);
+  m.impl("gru.input", recurrent<stock::gru>);
+  m.impl("gru.data", recurrent_packed<stock::gru>);
+  m.impl("rnn_tanh.input", recurrent<stock::rnn_tanh, true>);
+  m.impl("rnn_tanh.data", recurrent_packed<stock::rnn_tanh, true>);
+  m.impl("rnn_relu.input", recurrent<stock::rnn_relu, true>);
+  m.impl("rnn_relu.data", recurrent_packed<stock::rnn_relu, true>);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(aten, AutogradCPU, m) {
-  m.impl("lstm.input", lstm);
-  m.impl("lstm.data", lstm_packed);
-}
-TORCH_LIBRARY_IMPL(aten, CPU, m) {
-  m.impl("lstm.input", lstm);
-  m.impl("lstm.data", lstm_packed);
-}
+TORCH_LIBRARY_IMPL(aten, AutogradCPU, m) { add_layers(m); }
+TORCH_LIBRARY_IMPL(aten, CPU, m) { add_layers(m); }
 TORCH_LIBRARY_IMPL(aten, BackendSelect, m) {
   m.impl("mkldnn_rnn_layer", layer);
   m.impl("mkldnn_rnn_layer_backward", layer_backward);

@@ -77,6 +77,15 @@ for dtype, classes in product((torch.float16, torch.bfloat16, torch.float32, tor
         loss, stats, total, grad = H.cross_entropy_forward(logits, target, weight, -100, "mean", smoothing, z, torch.tensor(1024.0))
         add(loss, stats, total, grad, H.cross_entropy_backward(loss * 3, logits, target, weight, stats, total, -100, "mean", smoothing, z))
         add(H.rescale_gradient(grad, torch.tensor(3.0), torch.tensor(1024.0), torch.float32))
+for n, c, pixels, groups in ((3, 4, 16, 2), (2, 6, 35, 3), (5, 8, 1600, 1), (70, 2, 300, 2)):
+    x, dy, w, b = (random(k).to(torch.float16) for k in (n * c * pixels, n * c * pixels, c, c))
+    x, dy = (x * 3 + 5).view(n, c, pixels), dy.view(n, c, pixels)
+    y, mean, rstd = torch.native_group_norm(x, w, b, n, c, pixels, groups, 1e-5)
+    add(y, mean, rstd, *torch.ops.aten.native_group_norm_backward(dy, x, mean, rstd, w, n, c, pixels, groups, [True] * 3))
+for rows, columns in ((1, 1), (7, 33), (130, 1000), (1000, 270)):
+    a, x, y = (random(k).to(torch.float16) for k in (rows * columns, columns, rows))
+    a = a.view(rows, columns)
+    add(torch.mv(a, x), torch.mv(a.t(), y), torch.mv(a[:, : columns // 2 + 1], x[: columns // 2 + 1]))
 print(digest.hexdigest())
 """
 

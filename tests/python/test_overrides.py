@@ -117,6 +117,21 @@ def test_every_form_of_a_product(dtype):
         one_rounding(torch.mv(m, v), m.double() @ v.double(), m.double().abs() @ v.double().abs(), 800, dtype)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows,columns", [(1, 1), (3, 300), (257, 16), (64, 1025), (1030, 515)])
+def test_matrix_times_vector(rows, columns, dtype):
+    padded = torch.randn(rows, columns + 3).to(dtype)
+    for m in (padded[:, :columns].contiguous(), padded[:, 1 : columns + 1], torch.randn(columns, rows).to(dtype).t(), padded[:, ::2][:, : columns // 2 + 1]):
+        v = torch.randn(2 * m.shape[1]).to(dtype)[::2]
+        one_rounding(torch.mv(m, v), m.double() @ v.double(), m.double().abs() @ v.double().abs(), m.shape[1], dtype)
+    m, v = padded.clone().requires_grad_(), torch.randn(columns + 3).to(dtype).requires_grad_()
+    g = torch.randn(rows).to(dtype)
+    dm, dv = torch.autograd.grad(torch.mv(m, v), (m, v), g)
+    assert torch.equal(dm, (g.float()[:, None] * v.detach().float()).to(dtype))
+    one_rounding(dv, m.double().t() @ g.double(), m.double().abs().t() @ g.double().abs(), rows, dtype)
+    assert torch.mv(torch.full((2, 3), float("inf"), dtype=dtype), torch.ones(3, dtype=dtype)).isinf().all()
+
+
 def test_what_torch_refuses_is_refused_in_the_same_words():
     h = torch.float16
     a, b = torch.randn(4, 5).to(h), torch.randn(4, 5).to(h)

@@ -29,6 +29,12 @@ ONE_OP = {
     "group norm without weight": (lambda x: F.group_norm(x, 2), lambda: [r(3, 4, 9)]),
     "group norm in parts": (lambda x, w, b: F.group_norm(x, 4, w, b), lambda: [r(9, 8, 40, 90), r(8), r(8)]),
     "group norm of large samples": (lambda x, w, b: F.group_norm(x, 4, w, b), lambda: [r(2, 8, 190, 190), r(8), r(8)]),
+    "group norm of volumes": (lambda x, w, b: F.group_norm(x, 3, w, b), lambda: [r(3, 6, 4, 5, 6), r(6), r(6)]),
+    "group norm far from zero": (lambda x, w, b: F.group_norm(x, 2, w, b), lambda: [r(4, 4, 70) + 30, r(4), r(4)]),
+    "group norm of short runs": (lambda x, w, b: F.group_norm(x, 2, w, b), lambda: [r(4, 6, 3, 5), r(6), r(6)]),
+    "group norm of channels last": (lambda x, w, b: F.group_norm(x.contiguous(memory_format=torch.channels_last), 2, w, b), lambda: [r(4, 6, 9, 8), r(6), r(6)]),
+    "max over rows": (lambda x: x.max(-1).values, lambda: [r(90, 700)]),
+    "min in between": (lambda x: x.min(1, keepdim=True).values, lambda: [r(30, 40, 50)]),
     "unfold": (lambda x: F.unfold(x, 3, padding=1), lambda: [r(5, 4, 30, 40)]),
     "fold": (lambda x: F.fold(x, (12, 9), 3, stride=3), lambda: [r(2, 36, 12)]),
     "grid_sample": (lambda x, g: F.grid_sample(x, g, align_corners=False), lambda: [r(3, 4, 20, 30), grid(3, 11, 13)]),
@@ -82,6 +88,37 @@ def test_output_is_rounded_once(name):
 @pytest.mark.parametrize("name", EMBEDDING)
 def test_embedding_bag(name):
     compare(*EMBEDDING[name], exact=0)
+
+
+def test_largest_and_smallest_are_found_where_torch_finds_them():
+    x = torch.randint(-3, 4, (300, 200)).half()  # ties
+    x[5, 7], x[5, 100], x[6, 3] = float("nan"), float("nan"), float("inf")
+    x[7], x[8], x[9] = float("-inf"), float("inf"), -0.0
+    for f, n in ((f, n) for f in (torch.max, torch.min) for n in (1, 15, 16, 37, 200)):
+        part = x[:, :n].contiguous()
+        ours, wide = f(part, -1), f(part.float(), -1)
+        assert ours.values.dtype == H and ours.indices.dtype == torch.int64 and type(ours).__name__ == f.__name__
+        assert torch.equal(ours.indices, wide.indices) and torch.equal(ours.values.float().nan_to_num(9e3), wide.values.nan_to_num(9e3))
+        kept = f(part.view(3, 100, n), 2, keepdim=True)
+        assert kept.values.shape == kept.indices.shape == (3, 100, 1) and torch.equal(kept.indices.flatten(), ours.indices)
+
+
+def test_a_sample_of_group_norm_does_not_depend_on_the_others():
+    torch.manual_seed(0)
+    x, w, b, g = r(9, 8, 6, 7).to(H).requires_grad_(), r(8).to(H), r(8).to(H), r(9, 8, 6, 7).to(H)
+    whole = F.group_norm(x, 4, w, b)
+    dx, = torch.autograd.grad(whole, x, g)
+    for i in range(9):
+        part = x[i : i + 1].detach().requires_grad_()
+        y = F.group_norm(part, 4, w, b)
+        assert torch.equal(y[0], whole[i]) and torch.equal(torch.autograd.grad(y, part, g[i : i + 1])[0][0], dx[i])
+
+
+def test_group_norm_passes_what_is_not_finite_on_in_its_group_alone():
+    x = r(2, 4, 5, 5).to(H)
+    x[0, 1, 2, 3], x[1, 2, 0, 0] = float("nan"), float("inf")
+    y = F.group_norm(x, 2)
+    assert y[0, :2].isnan().all() and y[0, 2:].isfinite().all() and y[1, :2].isfinite().all() and y[1, 2:].isnan().any()
 
 
 @pytest.mark.parametrize("name", [*ONE_OP, *SEVERAL])
@@ -140,6 +177,48 @@ def test_lstm(kw):
         assert torch.equal(a, b.half())
     packed = nn.utils.rnn.pack_padded_sequence(x, [4, 4, 2] if not kw.get("batch_first") else [3, 3, 2, 2], batch_first=kw.get("batch_first", False))
     assert net(packed)[0].data.dtype == H
+
+
+@pytest.mark.parametrize("layer,kw", [(nn.GRU, {}), (nn.GRU, dict(num_layers=2, bidirectional=True)), (nn.RNN, {}), (nn.RNN, dict(bias=False, batch_first=True)),
+                                      (nn.RNN, dict(nonlinearity="relu", num_layers=2))])
+def test_other_recurrent_layers(layer, kw):
+    torch.manual_seed(0)
+    net, wide = layer(6, 5, **kw).half(), layer(6, 5, **kw)
+    wide.load_state_dict(net.state_dict())
+    x, start = torch.randn(3, 4, 6).half().requires_grad_(), torch.randn(net.num_layers * (1 + net.bidirectional), 3 if net.batch_first else 4, 5).half().requires_grad_()
+    inputs = [t.detach().float().requires_grad_() for t in (x, start)]
+    results = *net(x, start), *wide(*inputs)
+    assert all(a.dtype == H and torch.equal(a, b.half()) for a, b in zip(results[:2], results[2:]))
+    g = torch.randn(results[0].shape).half()
+    for a, b in zip(torch.autograd.grad(results[0], [x, start, *net.parameters()], g), torch.autograd.grad(results[2], [*inputs, *wide.parameters()], g.float())):
+        assert torch.equal(a, b.half())
+    packed = [nn.utils.rnn.pack_padded_sequence(t, [3, 2, 1] if net.batch_first else [3, 3, 2, 2], batch_first=net.batch_first) for t in (x, inputs[0])]
+    (y, h), (z, hz) = net(packed[0]), wide(packed[1])
+    assert torch.equal(y.data, z.data.half()) and torch.equal(h, hz.half())
+    with torch.no_grad():
+        assert torch.equal(net(x, start)[0], results[0])
+
+
+@pytest.mark.parametrize("kw", [{}, dict(nonlinearity="relu", bidirectional=True)])
+def test_plain_recurrent_layers_under_autocast(kw):
+    torch.manual_seed(0)
+    net, x = nn.RNN(6, 5, **kw), torch.randn(4, 3, 6)
+    packed = nn.utils.rnn.pack_padded_sequence(x, [4, 4, 2])
+
+    def run():
+        with hs.autocast("cpu"):
+            (y, h), (p, _) = net(x), net(packed)
+        return [y, h, p.data, *torch.autograd.grad(y.float().square().sum(), list(net.parameters()))]
+
+    ours = run()
+    try:
+        hs.set_overrides(False)
+        stock = run()
+    finally:
+        hs.set_overrides(True)
+    for a, b in zip(ours, stock):
+        assert a.dtype == b.dtype and (a.double() - b.double()).abs().max() <= 4e-3 * b.abs().max()
+    assert [t.dtype for t in ours[:4]] == [H, H, H, torch.float32]
 
 
 def test_lstm_trains_under_autocast():

@@ -8,6 +8,7 @@
 
 #include "../../math/grads.h"
 #include "../../math/optim.h"
+#include "extreme.h"
 #include "loss.h"
 #include "norm.h"
 
@@ -32,7 +33,9 @@ using NormsKernel = Norms (*)(const StepTensor& tensor, const Constants& constan
                               int64_t end);
 
 struct ActivationKernels;  // activation.h
+struct GroupNormKernels;   // group_norm.h
 struct LinearKernels;
+struct MatrixVectorKernels;  // mv.h
 struct RopeKernels;
 struct SoftmaxKernels;
 
@@ -80,7 +83,10 @@ struct Kernels {
   const SoftmaxKernels* softmax;  ///< softmax.h
   const RopeKernels* rope;        ///< rope.h
   const LossKernels* loss;
-  const LinearKernels* linear;  ///< linear.h
+  const LinearKernels* linear;         ///< linear.h
+  const GroupNormKernels* group_norm;  ///< group_norm.h
+  const MatrixVectorKernels* mv;       ///< mv.h
+  ExtremeKernel extreme;
 };
 
 extern const Kernels kKernelsDefault;

@@ -141,11 +141,12 @@ class LaneSum {
       partial_ = broadcast<V>(0);
     }
   }
-  HALFSTEP_FN double total() {
-    if constexpr (sizeof(V) == sizeof(F64)) return sum_lanes(partial_);
+  HALFSTEP_FN F64 lanes() {
+    if constexpr (sizeof(V) == sizeof(F64)) return partial_;
     flush();
-    return sum_lanes(total_);
+    return total_;
   }
+  HALFSTEP_FN double total() { return sum_lanes(lanes()); }
 
  private:
   F64 total_ = broadcast<F64>(0);  // of FP32

@@ -1,5 +1,7 @@
 #include "activation.h"
+#include "group_norm.h"
 #include "linear.h"
+#include "mv.h"
 #include "parts.h"
 #include "rope.h"
 #include "softmax.h"
@@ -28,6 +30,9 @@ const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME,
                                 &kSoftmax,
                                 &kRope,
                                 &kLossKernels,
-                                &kLinear};
+                                &kLinear,
+                                &kGroupNorm,
+                                &kMatrixVector,
+                                kExtreme};
 
 }  // namespace halfstep::cpu
