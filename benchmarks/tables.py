@@ -120,12 +120,12 @@ def audit(result):
     return "\n".join(lines)
 
 
-TABLES = {"plain_layers": layers, "plain_gpt": gpt, "audit": audit, "monitor": monitor, "gpt": gpt, "layers": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
+TABLES = {"plain_layers": layers, "plain_gpt": gpt, "half_gpt": gpt, "audit": audit, "monitor": monitor, "gpt": gpt, "layers": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
 
 
 def main():
     results = {}
-    for file, prefix in (("cpu", ""), ("audit_cpu", ""), ("plain_cpu", "plain_")):
+    for file, prefix in (("cpu", ""), ("audit_cpu", ""), ("plain_cpu", "plain_"), ("half_cpu", "half_")):
         result = json.loads((ROOT / f"benchmarks/results/{file}.json").read_text())
         results |= {prefix + name: rows for name, rows in result.items()}
 
