@@ -28,8 +28,8 @@ bool is_unwritten(const std::string& op) {
   return op.starts_with("aten::empty") || op.starts_with("aten::new_empty") ||
          op.starts_with("aten::_empty") || op.starts_with("aten::resize");
 }
-/// Ops that exchange with other processes, and write when those are ready: during the call or after it. What
-/// they bring came from outside, and the op that reads it says so.
+/// Ops that exchange with other processes, and write when those are ready: during the call or after
+/// it. What they bring came from outside, and the op that reads it says so.
 bool is_collective(const std::string& op) {
   return op.starts_with("c10d::") || op.starts_with("_c10d_functional");
 }
