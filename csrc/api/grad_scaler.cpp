@@ -38,15 +38,22 @@ void GradScaler::State::require(const char* call) const {
               ": nothing was scaled yet; call scaler.scale(loss) earlier in the iteration");
 }
 
-/// The scale of `entry`, before the first loss too where the device was given; 1 where not enabled.
+/// The scale of `entry`; before the first loss a copy of what it will begin with, where the device
+/// was given; 1 where not enabled.
 const at::Tensor& GradScaler::State::scale_of(State& entry, const char* call) {
+  const auto options = at::TensorOptions(at::kFloat);
   if (!enabled) {
-    if (!one.defined())
-      one = at::ones({}, at::TensorOptions(at::kFloat).device(device.value_or(at::kCPU)));
-    return one;
+    const bool missing = device && device->is_cuda() && !at::hasCUDA();
+    entry.early = at::ones({}, options.device(missing ? at::kCPU : device.value_or(at::kCPU)));
+    return entry.early;
   }
-  if (!entry.scale.defined() && device)
-    for (State* each : entries()) each->make(*device);
+  if (!entry.scale.defined() && device) {
+    const at::Tensor numbers = entry.loaded.defined()
+                                   ? entry.loaded
+                                   : api::init_scale_state(vector_of(entry.rule.numbers));
+    entry.early = at::full({}, numbers[math::kStateScale].item<double>(), options.device(*device));
+    return entry.early;
+  }
   entry.require(call);
   return entry.scale;
 }

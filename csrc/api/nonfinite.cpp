@@ -207,7 +207,7 @@ struct NonFiniteFinder::State {
     const auto handle_of_op = c10::Dispatcher::singleton().findSchema(*name);
     if (!handle_of_op) return;
     seen.op = name->name;
-    if (is_unwritten(seen.op) || is_collective(seen.op)) return;
+    if (is_unwritten(seen.op)) return;
     const Unseen unseen;
     const auto& schema = handle_of_op->schema();
     const auto inputs = fn.inputs();
@@ -218,9 +218,9 @@ struct NonFiniteFinder::State {
       add(seen.arguments, argument.name(), inputs[i], written, read);
     }
     for (const auto& result : schema.returns()) seen.returned.push_back(result.name());
+    seen.observed = !is_collective(seen.op);
     for (const Argument& a : seen.arguments)
-      if (a.read) seen.worst = std::max(seen.worst, content(a.tensor));
-    seen.observed = true;
+      if (seen.observed && a.read) seen.worst = std::max(seen.worst, content(a.tensor));
     const std::lock_guard<std::mutex> lock(mutex);
     if (!nodes().empty() || fn.seqNr() < 0) return;
     after_backward = false;  // recorded for autograd: another forward

@@ -53,7 +53,7 @@ struct GradScaler::State {
   std::optional<c10::Device> device;
   bool enabled = true;
   at::Tensor scale, numbers, policy;  ///< on the device, once it is known
-  at::Tensor one;                     ///< the scale of one that is not enabled
+  at::Tensor early;                   ///< what scale_of() gives before the first loss
   at::Tensor loaded;                  ///< state read before the device is known
   std::map<torch::optim::Optimizer*, Progress> progress;
   std::map<const torch::optim::Optimizer*, at::Tensor> last_found;

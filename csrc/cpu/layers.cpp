@@ -142,6 +142,16 @@ using NativeGroupNorm = at::_ops::native_group_norm;
 using NativeGroupNormBackward = at::_ops::native_group_norm_backward;
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
+/// Whether the arguments fit each other; torch's own kernel has the words for those that do not.
+bool fit(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+         const c10::SymInt& n, const c10::SymInt& c, const c10::SymInt& pixels, int64_t groups) {
+  const auto is_of_channels = [&](const OptionalTensor& t) {
+    return !t || !t->defined() || (t->dim() == 1 && t->numel() == c);
+  };
+  return input.dim() >= 2 && input.size(0) == n && input.size(1) == c &&
+         input.numel() == n * c * pixels && groups > 0 && input.size(1) % groups == 0 &&
+         is_of_channels(weight) && is_of_channels(bias);
+}
 /// Runs of a channel's pixels shorter than a pack, and channels that lie side by side, go to the
 /// stock kernel in FP32.
 bool is_planes(const at::Tensor& t, const c10::SymInt& pixels) {
@@ -188,7 +198,7 @@ Three group_norm(DispatchKeySet keys, const at::Tensor& input, const OptionalTen
                  const OptionalTensor& bias, c10::SymInt n, c10::SymInt c, c10::SymInt pixels,
                  int64_t groups, double eps) {
   const auto below = below_select(keys);
-  if (!takes(keys, input, weight, bias) || n != input.size(0))
+  if (!takes(keys, input, weight, bias) || !fit(input, weight, bias, n, c, pixels, groups))
     return NativeGroupNorm::redispatch(below, input, weight, bias, n, c, pixels, groups, eps);
   if (is_planes(input, pixels)) {
     const Plain plain;
@@ -219,7 +229,10 @@ Three group_norm_backward(DispatchKeySet keys, const at::Tensor& grad, const at:
                           const OptionalTensor& weight, c10::SymInt n, c10::SymInt c,
                           c10::SymInt pixels, int64_t groups, std::array<bool, 3> mask) {
   const auto below = below_select(keys);
-  if (!takes(keys, grad, input, mean, rstd, weight) || n != input.size(0))
+  const auto is_of_groups = [&](const at::Tensor& t) { return t.numel() == n * groups; };
+  if (!takes(keys, grad, input, mean, rstd, weight) ||
+      !fit(input, weight, {}, n, c, pixels, groups) || grad.sizes() != input.sizes() ||
+      !is_of_groups(mean) || !is_of_groups(rstd))
     return NativeGroupNormBackward::redispatch(below, grad, input, mean, rstd, weight, n, c, pixels,
                                                groups, mask);
   if (is_planes(input, pixels) && is_planes(grad, pixels)) {
@@ -429,7 +442,7 @@ template <class Op, bool kSmallest>
 std::tuple<at::Tensor, at::Tensor> extreme(DispatchKeySet keys, const at::Tensor& self, int64_t dim,
                                            bool keep) {
   const bool last = self.dim() > 0 && (dim == -1 || dim == self.dim() - 1);
-  if (!takes(keys, self) || !last || !self.is_contiguous())
+  if (!takes(keys, self) || !last || !self.is_contiguous() || self.has_names())
     return Op::redispatch(below_select(keys), self, dim, keep);
   const Plain plain;
   const int64_t n = self.size(-1), rows = self.numel() / n;

@@ -297,7 +297,8 @@ at::Tensor mv(const at::Tensor& a, const at::Tensor& x) {
   const bool sixteen = type == at::kHalf || type == at::kBFloat16;
   const bool ours = sixteen && (ops::widens_products(type) || ops::widens_layers(type)) &&
                     x.scalar_type() == type && a.dim() == 2 && x.dim() == 1 &&
-                    a.size(1) == x.size(0) && a.numel() != 0 && !a.is_neg() && !x.is_neg();
+                    a.size(1) == x.size(0) && a.numel() != 0 && !a.is_neg() && !x.is_neg() &&
+                    !a.has_names() && !x.has_names();
   if (!ours) return at::compositeexplicitautograd::mv(a, x);
   const Plain plain;
   const bool transposed = a.stride(1) != 1 && a.stride(0) == 1;
@@ -313,7 +314,7 @@ at::Tensor mv(const at::Tensor& a, const at::Tensor& x) {
                      [&](int64_t first, int64_t end) { kernel->rows(work, first, end); });
     return y;
   }
-  constexpr int64_t kStrip = 64;  // a cache line of y
+  constexpr int64_t kStrip = 256;  // what the kernel takes at a time
   const int64_t strips = (work.columns + kStrip - 1) / kStrip;
   at::parallel_for(0, strips, std::max<int64_t>(1, kGrain / (kStrip * work.rows)),
                    [&](int64_t first, int64_t end) {

@@ -98,9 +98,11 @@ bool is_cast(const at::Tensor& input, const at::Tensor& hx, at::TensorList param
          at::autocast::get_autocast_dtype(at::kCPU) == at::kHalf && ops::widens_layers(at::kHalf) &&
          castable(input) && castable(hx) && std::all_of(params.begin(), params.end(), castable);
 }
-std::vector<at::Tensor> rounded(at::TensorList list) {
+/// Operands in FP32, rounded to FP16 before where autocast would.
+at::Tensor operand(const at::Tensor& t, bool cast) { return wide(cast ? rounded(t) : t); }
+std::vector<at::Tensor> operands(at::TensorList list, bool cast) {
   std::vector<at::Tensor> result;
-  for (const auto& t : list) result.push_back(rounded(t));
+  for (const auto& t : list) result.push_back(operand(t, cast));
   return result;
 }
 
@@ -114,11 +116,8 @@ Two recurrent(const at::Tensor& input, const at::Tensor& hx, at::TensorList para
     return kStock(input, hx, params, has_biases, layers, dropout, train, bidirectional,
                   batch_first);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  if (cast && !takes(input, hx, params))
-    return recurrent<kStock>(rounded(input), rounded(hx), rounded(params), has_biases, layers,
-                             dropout, train, bidirectional, batch_first);
-  return rounded(kStock(wide(input), wide(hx), wide(params), has_biases, layers, dropout, train,
-                        bidirectional, batch_first));
+  return rounded(kStock(operand(input, cast), operand(hx, cast), operands(params, cast), has_biases,
+                        layers, dropout, train, bidirectional, batch_first));
 }
 
 using Packed = Two(const at::Tensor&, const at::Tensor&, const at::Tensor&, at::TensorList, bool,
@@ -127,11 +126,12 @@ template <Packed* kStock, bool kPlain = false>
 Two recurrent_packed(const at::Tensor& data, const at::Tensor& batch_sizes, const at::Tensor& hx,
                      at::TensorList params, bool has_biases, int64_t layers, double dropout,
                      bool train, bool bidirectional) {
-  if (!takes(data, hx, params))
+  const bool cast = kPlain && is_cast(data, hx, params);
+  if (!cast && !takes(data, hx, params))
     return kStock(data, batch_sizes, hx, params, has_biases, layers, dropout, train, bidirectional);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return rounded(kStock(wide(data), batch_sizes, wide(hx), wide(params), has_biases, layers,
-                        dropout, train, bidirectional));
+  return rounded(kStock(operand(data, cast), batch_sizes, operand(hx, cast), operands(params, cast),
+                        has_biases, layers, dropout, train, bidirectional));
 }
 
 using Layer = at::_ops::mkldnn_rnn_layer;

@@ -176,14 +176,16 @@ class GradScaler(torch.amp.GradScaler):
 
     @property
     def scale_tensor(self):
-        """The scale as a 0-d float32 device tensor; no synchronisation. 1 where the scaler is not enabled."""
+        """The scale as a 0-d float32 device tensor; no synchronisation. Before the first loss a copy of what it will begin with, on the device that
+        was given; 1 where the scaler is not enabled."""
         if not self._enabled:
-            return torch.ones((), device=self._device)
+            missing = self._device == "cuda" and not torch.cuda.is_available()
+            return torch.ones((), dtype=torch.float32, device=None if missing else self._device)
         if self._scale is None:
             if self._device is None:
                 raise RuntimeError("scale_tensor: nothing was scaled yet, so the device is not known; call scale(loss) first, or GradScaler(device)")
-            for each in self._entries():
-                each._lazy_init_scale_growth_tracker(torch.device(self._device))
+            first = self._init_scale if self._loaded_state is None else float(self._loaded_state[SCALE])
+            return torch.full((), first, dtype=torch.float32, device=self._device)
         return self._scale
 
     def scale(self, outputs, which=0):
@@ -196,8 +198,7 @@ class GradScaler(torch.amp.GradScaler):
                 if self._device is not None and outputs.device.type != self._device:
                     raise ValueError(f"GradScaler was made for {self._device} but the loss is on {outputs.device}")
                 for each in self._entries():
-                    if each._scale is None:
-                        each._lazy_init_scale_growth_tracker(outputs.device)
+                    each._lazy_init_scale_growth_tracker(outputs.device)
             entry._history.scaled(outputs)
             entry._scaled = True
             wide = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs

@@ -77,6 +77,11 @@ TEST_CASE("a part of a model has a scale of its own", "[api]") {
   GradScaler off(quick(2).enabled(false)), unknown(quick(2));
   CHECK(off.scales().equal(torch::ones({2})));
   CHECK(off.get_scale() == 1);
+  GradScaler loaded(quick(2).device(torch::kCPU)), read(quick(2).device(torch::kCPU));
+  loaded.load_state_dict(scaler.state_dict());
+  CHECK(loaded.scales().equal(scaler.scales()));
+  CHECK(read.scale_tensor(1).item<float>() == 0x1p14f);  // and nothing is made by that
+  CHECK(has(message_of([&] { read.step(first); }), "step: nothing was scaled yet"));
   CHECK(has(message_of([&] { unknown.scales(); }), "scales: nothing was scaled yet"));
 }
 

@@ -61,6 +61,20 @@ TEST_CASE("bits at random are even, and those of different uses agree half of th
   CHECK(worst_bias(halves) < 5);
 }
 
+TEST_CASE("two elements of an int8 block share a hash crosswise", "[math]") {
+  const uint32_t base = random_base(random_key(5, 1, 0), 1, 0);
+  std::vector<uint32_t> apart;
+  for (int64_t i = 0; i < kCount; ++i) {
+    const auto dice = [&](int s, int64_t at) { return block_dice<uint32_t>(s, base, at); };
+    CHECK(dice(0, i) == dice(1, i ^ 64));
+    apart.push_back(dice(0, i) << 16 | dice(1, i));
+  }
+  CHECK(worst_bias(apart) < 5);
+  for (const size_t shift : {1, 16, 128}) CHECK(worst_bias(exclusive_or(apart, apart, shift)) < 5);
+  for (uint32_t& word : apart) word = (word >> 16 ^ (word & 0xffff)) * 0x10001u;
+  CHECK(worst_bias(apart) < 5);  // the two states of an element
+}
+
 TEST_CASE("a block's scale is the smallest that holds its largest value", "[math]") {
   std::mt19937 random(3);
   int wrong = 0;

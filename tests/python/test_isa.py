@@ -86,6 +86,10 @@ for rows, columns in ((1, 1), (7, 33), (130, 1000), (1000, 270)):
     a, x, y = (random(k).to(torch.float16) for k in (rows * columns, columns, rows))
     a = a.view(rows, columns)
     add(torch.mv(a, x), torch.mv(a.t(), y), torch.mv(a[:, : columns // 2 + 1], x[: columns // 2 + 1]))
+for n in (1, 15, 16, 17, 1000):
+    x = (random(9 * n) * 4).round().to(torch.float16).view(9, n)
+    x[3, n // 2] = float("nan")
+    add(*torch.max(x, -1), *torch.min(x, -1))
 print(digest.hexdigest())
 """
 

@@ -321,7 +321,25 @@ def test_a_part_that_overflows_is_skipped_alone():
 
 
 def test_scales_are_there_before_the_first_loss_where_the_device_is_known():
-    assert hs.GradScaler("cpu", init_scale=8.0, losses=3).scales.tolist() == [8.0] * 3
-    assert hs.GradScaler(enabled=False, losses=2).scales.tolist() == [1.0, 1.0]
+    first = hs.GradScaler("cpu", init_scale=8.0, losses=3)
+    with torch.inference_mode():
+        assert first.scales.tolist() == [8.0] * 3 and first.scale_tensor.dtype == torch.float32
+    # Reading them makes nothing: what is asked of a first loss still is.
+    p = torch.nn.Parameter(torch.ones(1))
+    p.grad, opt = torch.ones(1), hs.optim.SGD([p], lr=1.0)
+    with pytest.raises(AssertionError, match="_scale is None"):
+        first.step(opt)
+    with pytest.raises(ValueError, match="GradScaler was made for cpu but the loss is on meta"):
+        first.scale(torch.ones((), device="meta"))
+    first.scale((p * 2).sum()).backward()
+    first.step(opt)
+    first.update(4.0)
+    later = hs.GradScaler("cpu", losses=3)
+    later.load_state_dict(first.state_dict())
+    assert first.scales.tolist() == later.scales.tolist() == [4.0] * 3
+    for device in (None, "cpu", "cuda"):
+        if device != "cuda" or not torch.cuda.is_available():
+            off = hs.GradScaler(device, enabled=False, losses=2)
+            assert off.scales.tolist() == [1.0, 1.0] and off.scales.dtype == torch.float32
     with pytest.raises(RuntimeError, match="scale_tensor: nothing was scaled yet"):
         hs.GradScaler(losses=2).scales

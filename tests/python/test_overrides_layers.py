@@ -201,24 +201,55 @@ def test_other_recurrent_layers(layer, kw):
 
 @pytest.mark.parametrize("kw", [{}, dict(nonlinearity="relu", bidirectional=True)])
 def test_plain_recurrent_layers_under_autocast(kw):
+    """The FP32 layer on operands rounded to FP16, its results rounded once; near stock's."""
     torch.manual_seed(0)
-    net, x = nn.RNN(6, 5, **kw), torch.randn(4, 3, 6)
-    packed = nn.utils.rnn.pack_padded_sequence(x, [4, 4, 2])
+    net, rounded, x = nn.RNN(6, 5, **kw), nn.RNN(6, 5, **kw), torch.randn(4, 3, 6)
+    rounded.load_state_dict({k: v.half().float() for k, v in net.state_dict().items()})
 
-    def run():
-        with hs.autocast("cpu"):
-            (y, h), (p, _) = net(x), net(packed)
-        return [y, h, p.data, *torch.autograd.grad(y.float().square().sum(), list(net.parameters()))]
+    def run(net, x, autocast=True):
+        packed = nn.utils.rnn.pack_padded_sequence(x, [4, 4, 2])
+        with hs.autocast("cpu", enabled=autocast):
+            results = [t for y, h in (net(x), net(packed)) for t in (y if torch.is_tensor(y) else y.data, h)]
+        g = [torch.randn(t.shape, generator=torch.Generator().manual_seed(i)).half() for i, t in enumerate(results)]
+        return results, torch.autograd.grad(results, list(net.parameters()), [a.to(t.dtype) for a, t in zip(g, results)])
 
-    ours = run()
+    ours, gradients = run(net, x)
+    exact, exact_gradients = run(rounded, x.half().float(), autocast=False)
+    assert all(a.dtype == H and torch.equal(a, b.half()) for a, b in zip(ours, exact))
     try:
         hs.set_overrides(False)
-        stock = run()
+        stock, stock_gradients = run(net, x)
     finally:
         hs.set_overrides(True)
-    for a, b in zip(ours, stock):
-        assert a.dtype == b.dtype and (a.double() - b.double()).abs().max() <= 4e-3 * b.abs().max()
-    assert [t.dtype for t in ours[:4]] == [H, H, H, torch.float32]
+    for a, b, c in zip((*ours, *gradients), (*exact, *exact_gradients), (*stock, *stock_gradients)):
+        assert a.dtype == c.dtype and all((a.double() - t.double()).abs().max() <= 4e-3 * t.abs().max() for t in (b, c))
+
+
+def test_what_torch_refuses_of_group_norm_is_refused_in_the_same_words():
+    x, two = torch.randn(2, 4, 16).half(), torch.ones(2, 2).half()
+    norm, backward = torch.native_group_norm, torch.ops.aten.native_group_norm_backward
+    calls = [lambda: norm(x, None, None, 2, 4, 20, 2, 1e-5), lambda: norm(x, None, None, 2, 8, 16, 2, 1e-5), lambda: norm(torch.randn(2, 5, 16).half(), None, None, 2, 5, 16, 2, 1e-5),
+             lambda: norm(x, torch.ones(3).half(), None, 2, 4, 16, 2, 1e-5), lambda: norm(x, None, torch.ones(5).half(), 2, 4, 16, 2, 1e-5),
+             lambda: backward(x, x, two[:1, :1].clone(), two, None, 2, 4, 16, 2, [True] * 3), lambda: backward(x[:1].clone(), x, two, two, None, 2, 4, 16, 2, [True] * 3)]
+
+    def words(call):
+        with pytest.raises(RuntimeError) as raised:
+            call()
+        return str(raised.value)
+
+    ours = [words(call) for call in calls]
+    try:
+        hs.set_overrides(False)
+        stock = [words(call) for call in calls]
+    finally:
+        hs.set_overrides(True)
+    assert ours == stock
+
+
+def test_names_of_dimensions_stay():
+    with pytest.warns(UserWarning, match="Named tensors"):
+        x = torch.randn(3, 40, names=("rows", "columns")).half()
+    assert x.max("columns").values.names == ("rows",)
 
 
 def test_lstm_trains_under_autocast():

@@ -38,8 +38,7 @@ Moments sums(const uint16_t* x, int64_t n, float mean) {
 /// Around the row's beginning; once more around its mean where that was far off.
 NormRow<float> moments(const uint16_t* x, int64_t n, double eps) {
   float mean = 0;
-  const int64_t some = n < kLanes ? n : kLanes;
-  for (int64_t i = 0; i < some; ++i) mean += half_to_float(x[i]) / float(some);
+  for (int64_t i = 0; i < kLanes; ++i) mean += half_to_float(x[i]) / kLanes;
   Moments found = sums(x, n, mean);
   const double share = 1 / double(n), rest = found.sum * share;
   if (2 * rest * rest > found.squares * share) {
@@ -86,7 +85,7 @@ void backward(const GroupNorm& work, const uint16_t* dy, const uint16_t* mean, c
     const uint16_t *x = work.x + row * n, *grad = dy + row * n;
     const float centre = half_to_float(mean[row]), factor = half_to_float(rstd[row]);
     double* products = weight_shares + row * work.channels;
-    double* sums = bias_shares + row * work.channels;
+    double* totals = bias_shares + row * work.channels;
     double sum = 0, g = 0, gz = 0;
     for_each_channel(work, row, [&](int64_t channel, float weight, int64_t at) {
       PairSum<F32> near, one, product;
@@ -102,13 +101,13 @@ void backward(const GroupNorm& work, const uint16_t* dy, const uint16_t* mean, c
           near, one, product);
       const int64_t k = channel % work.channels;
       products[k] = product.total();
-      sums[k] = one.total();
+      totals[k] = one.total();
       sum += near.total();
-      g += weight * sums[k];
+      g += weight * totals[k];
       gz += weight * products[k];
     });
     const NormSlope<float> slope = norm_slope(factor, sum, g, gz, n, true);
-    for (int64_t k = 0; k < work.channels; ++k) products[k] -= double(slope.rest) * sums[k];
+    for (int64_t k = 0; k < work.channels; ++k) products[k] -= double(slope.rest) * totals[k];
     if (!dx) continue;
     for_each_channel(work, row, [&](int64_t, float weight, int64_t at) {
       for_each_pack(

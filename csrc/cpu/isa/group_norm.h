@@ -1,7 +1,7 @@
 #pragma once
 
 // CPU kernels of GroupNorm in FP16. A row is one group of one sample: `channels` runs of `pixels`
-// elements, one after the other. No torch here.
+// elements, one after the other; pixels is at least 16. No torch here.
 
 #include <cstdint>
 

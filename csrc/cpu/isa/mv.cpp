@@ -1,6 +1,6 @@
 // A 16-bit matrix times a vector, along its rows and along its columns.
 //   The matrix is read once: 2 bytes an element. Along rows, four at a time share the vector's
-//   conversion; along columns, the sums of a strip of 256 stay in registers.
+//   conversion; along columns, the sums of a strip of up to 256 stay in registers.
 //   Every sum is taken in one order, whatever the instruction set and the number of threads.
 // Tests: tests/python/test_overrides.py, tests/python/test_isa.py.
 
@@ -25,7 +25,7 @@ void with_sixteen(Dtype dtype, const Body& body) {
 template <class E>
 void store_one(void* to, int64_t i, double value) {
   alignas(64) uint16_t lanes[kLanes];
-  E::store(lanes, 0, broadcast<F32>(float(value)));
+  E::store(lanes, 0, broadcast<F32>(round_to_odd(value)));
   static_cast<uint16_t*>(to)[i] = lanes[0];
 }
 
@@ -76,19 +76,23 @@ void strip(const MatrixVector& work, int64_t column, Lanes lanes) {
       for (auto& s : sum) s.flush();
   }
   for (int k = 0; k < kPacks; ++k)
-    E::store(work.y, column + k * kLanes, to_single(sum[k].lanes()), lanes);
+    E::store(work.y, column + k * kLanes, narrow(sum[k].lanes()), lanes);
+}
+
+/// Strips of kPacks packs while there are as many, then of half as many.
+template <class E, int kPacks>
+void strips(const MatrixVector& work, int64_t column, int64_t end) {
+  for (; column + kPacks * kLanes <= end; column += kPacks * kLanes)
+    strip<E, kPacks>(work, column, Whole());
+  if constexpr (kPacks > 1)
+    strips<E, kPacks / 2>(work, column, end);
+  else if (column < end)
+    strip<E, 1>(work, column, Part{int(end - column)});
 }
 
 void columns(const MatrixVector& work, int64_t begin, int64_t end) {
-  constexpr int kPacks = 16;
-  with_sixteen(work.dtype, [&](auto elements) {
-    using E = decltype(elements);
-    int64_t column = begin;
-    for (; column + kPacks * kLanes <= end; column += kPacks * kLanes)
-      strip<E, kPacks>(work, column, Whole());
-    for (; column + kLanes <= end; column += kLanes) strip<E, 1>(work, column, Whole());
-    if (column < end) strip<E, 1>(work, column, Part{int(end - column)});
-  });
+  with_sixteen(work.dtype,
+               [&](auto elements) { strips<decltype(elements), 16>(work, begin, end); });
 }
 
 }  // namespace
