@@ -4,8 +4,11 @@ A case is a function of tensors (and nothing else) that returns a tensor or a tu
 written independently on FP64 tensors with torch's plain operations; `eager` is what a user writes with stock torch.
 """
 
+import pytest
 import torch
 from torch._dynamo.utils import counters
+
+import halfstep as hs
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
 SIXTEEN = [torch.float16, torch.bfloat16]
@@ -156,3 +159,19 @@ def families(shape, dtype, seed=0):
     yield "subnormal of FP16", (normal.clamp(-2, 2) * 2.0**-17).to(dtype)
     yield "smallest of FP16", (2.0**-24 * normal.sign()).to(dtype)
     yield "position", (torch.arange(normal.numel(), dtype=torch.float64).view(shape) % 1021 / 16).to(dtype)
+
+
+def check_refused_alike(calls):
+    """Each call raises, with the overrides of stock torch and without, in the same words."""
+
+    def words(call):
+        with pytest.raises(RuntimeError) as error:
+            call()
+        return str(error.value)
+
+    ours = [words(call) for call in calls]
+    try:
+        hs.set_overrides(False)
+        assert ours == [words(call) for call in calls]
+    finally:
+        hs.set_overrides(True)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import halfstep as hs
+from layers import check_refused_alike
 
 pytestmark = [pytest.mark.overrides, pytest.mark.smoke]
 HALVES = [torch.float16, torch.bfloat16]
@@ -141,18 +142,7 @@ def test_what_torch_refuses_is_refused_in_the_same_words():
              lambda: F.conv2d(torch.randn(1, 3, 5, 5).to(h), torch.randn(2, 4, 3, 3).to(h)),
              lambda: F.conv2d(torch.randn(1, 3, 5, 5).to(h), torch.randn(2, 3, 3, 3)),
              lambda: F.conv2d(torch.randn(1, 3, 5, 5).to(h), torch.randn(2, 3, 7, 7).to(h))]
-
-    def message(call):
-        with pytest.raises(RuntimeError) as error:
-            call()
-        return str(error.value)
-
-    ours = [message(call) for call in calls]
-    try:
-        hs.set_overrides(False)
-        assert ours == [message(call) for call in calls]
-    finally:
-        hs.set_overrides(True)
+    check_refused_alike(calls)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
