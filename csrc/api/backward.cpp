@@ -72,28 +72,47 @@ at::Tensor Optimizer::BackwardStats::rows_on(c10::Device device) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (rows_.defined() && rows_.device() == device) return rows_;
   rows_ = made;  // the parameters were moved: what was known is of gradients elsewhere
-  known_.assign(known_.size(), std::nullopt);
+  for (Row& row : known_) row.known.reset();
   return rows_;
 }
 
+class Optimizer::BackwardStats::Reading {
+ public:
+  Reading(BackwardStats& of, size_t i) : of_(of), i_(i) {
+    const std::lock_guard<std::mutex> lock(of_.mutex_);
+    Row& row = of_.known_[i_];
+    row.known.reset();
+    if (row.readers++ > 0) row.contested = true;
+  }
+  ~Reading() {
+    const std::lock_guard<std::mutex> lock(of_.mutex_);
+    Row& row = of_.known_[i_];
+    if (--row.readers == 0) row.contested = false;
+  }
+  Reading(const Reading&) = delete;
+  Reading& operator=(const Reading&) = delete;
+
+ private:
+  BackwardStats& of_;
+  const size_t i_;
+};
+
 void Optimizer::BackwardStats::see(size_t i, const at::Tensor& grad) {
   const at::NoGradGuard no_grad;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    known_[i].reset();
-  }
+  const Reading reading(*this, i);
   // An inference tensor counts no versions.
   if (!grad.defined() || grad.layout() != at::kStrided || grad.is_inference()) return;
+  const auto version = int64_t(grad._version());  // of before: another thread may add to it now
   const at::Tensor rows = rows_on(grad.device());
   api::grad_stats_row_(grad, rows, int64_t(i));
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (!rows.is_same(rows_)) return;
-  known_[i] = Known{decltype(Known::tensor)(grad.getIntrusivePtr()), int64_t(grad._version()),
-                    grad.const_data_ptr()};
+  if (!rows.is_same(rows_) || known_[i].contested || version != int64_t(grad._version())) return;
+  known_[i].known =
+      Known{decltype(Known::tensor)(grad.getIntrusivePtr()), version, grad.const_data_ptr()};
 }
 
 bool Optimizer::BackwardStats::fresh(size_t i, const at::Tensor& grad) const {
-  const auto& known = known_[i];
+  const auto& known = known_[i].known;
   return known && known->tensor.lock().get() == grad.unsafeGetTensorImpl() &&
          known->version == int64_t(grad._version()) && known->data == grad.const_data_ptr();
 }
@@ -120,7 +139,7 @@ at::Tensor Optimizer::BackwardStats::join(const api::OptionalTensors& grads, api
 
 void Optimizer::BackwardStats::forget() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  known_.assign(known_.size(), std::nullopt);
+  for (Row& row : known_) row.known.reset();
 }
 
 }  // namespace halfstep::optim

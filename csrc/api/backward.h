@@ -40,6 +40,16 @@ class Optimizer::BackwardStats : public std::enable_shared_from_this<BackwardSta
     const void* data;
   };
 
+  /// What is known of row i, and who is writing it: backward passes in several threads call the
+  /// hooks of a parameter at the same time.
+  struct Row {
+    std::optional<Known> known;
+    int readers = 0;
+    bool contested = false;  ///< there was more than one since there was none
+  };
+  /// One of the readers of row i, from its start to its end.
+  class Reading;
+
   /// Reads the gradient of parameter i, which was just written, while it is in the cache.
   void see(size_t i, const at::Tensor& grad);
   at::Tensor rows_on(c10::Device device);
@@ -52,7 +62,7 @@ class Optimizer::BackwardStats : public std::enable_shared_from_this<BackwardSta
   std::vector<std::weak_ptr<size_t>> placed_;  ///< one a parameter, alive while its hook is
   std::mutex mutex_;                           ///< of the two below; no op runs under it
   at::Tensor rows_;
-  std::vector<std::optional<Known>> known_;
+  std::vector<Row> known_;
 };
 
 }  // namespace halfstep::optim

@@ -21,6 +21,7 @@ class BackwardStats:
     def __init__(self, room):
         self.rows = torch.zeros(len(room.params), ROW, dtype=torch.float64, device=room.steps.device)
         self.known, self.handles = {}, {}
+        self.readers, self.newest = {}, {}  # backward passes in several threads call the hooks of a parameter at the same time
         self.follow(room.params)
 
     def follow(self, params):
@@ -50,8 +51,17 @@ class BackwardStats:
             return
         if grad.device != self.rows.device:
             self.rows, self.known = self.rows.to(grad.device), {}
-        H.grad_stats_row_(grad, self.rows, i)
-        self.known[i] = (TensorWeakRef(grad), grad._version, grad.data_ptr())
+        # A row that two wrote at a time, or whose gradient was added to meanwhile, is not known.
+        readers, me = self.readers.setdefault(i, set()), [i]
+        readers.add(id(me))
+        self.newest[i] = me
+        alone, version = len(readers) == 1, grad._version
+        try:
+            H.grad_stats_row_(grad, self.rows, i)
+        finally:
+            readers.discard(id(me))
+        if alone and self.newest[i] is me and version == grad._version:
+            self.known[i] = (TensorWeakRef(grad), version, grad.data_ptr())
 
     def _fresh(self, i, grad):
         """Whether row i still describes `grad`: the same tensor, in the same memory, not written since."""

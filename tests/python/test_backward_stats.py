@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
 
 import halfstep as hs
+import halfstep._backward
 
 H = torch.ops.halfstep
 pytestmark = pytest.mark.smoke
@@ -57,6 +59,47 @@ def test_nothing_is_read_again_after_a_backward(made):
         opt.zero_grad()
         backward(model, seed=seed)
         check(opt, model, 0)
+
+
+def test_backward_passes_in_several_threads():
+    """Torch calls the hooks of one parameter at the same time there: a row that two wrote, or whose gradient was added to meanwhile, is read again."""
+    model = net(torch.float32)
+    opt = hs.optim.AdamW(model.named_parameters(), lr=1e-2)
+    opt.stats_in_backward()
+    for _ in range(5):
+        losses = [model(torch.randn(9, 33)).square().mean() for _ in range(8)]
+        threads = [threading.Thread(target=loss.backward) for loss in losses]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        ((_, table, _),) = opt._gather_stats()
+        assert torch.equal(bits(table), bits(H.grad_stats([p.grad for p in model.parameters()], [])))
+    model.zero_grad()
+    backward(model)
+    check(opt, model, 0)
+
+
+def test_two_reads_at_a_time_leave_the_row_unknown(monkeypatch):
+    parameter = torch.nn.Parameter(torch.ones(5))
+    opt = hs.optim.AdamW([parameter], lr=1e-2)
+    opt.stats_in_backward()
+    parameter.sum().backward()
+    ((room, _, _),) = opt._gather_stats()
+    stats, ops = room.backward, halfstep._backward.H
+    op = ops.grad_stats_row_
+    for meanwhile in (lambda: stats.see(0, parameter.grad), lambda: parameter.grad.add_(1)):
+        once = [meanwhile]
+
+        def row(*args):
+            op(*args)
+            if once:
+                once.pop()()
+
+        monkeypatch.setattr(ops, "grad_stats_row_", row)
+        stats.see(0, parameter.grad)
+        assert 0 not in stats.known
+        stats.see(0, parameter.grad)
+        assert 0 in stats.known and not stats.readers[0]
+        monkeypatch.undo()
 
 
 def test_accumulation_is_that_of_the_sum(made):
