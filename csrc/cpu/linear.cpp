@@ -290,6 +290,13 @@ at::Tensor& sum_in_place(DispatchKeySet keys, at::Tensor& self, const at::Tensor
 }
 
 // ---- mv ----------------------------------------------------------------------------------------
+/// Newer torch (2.15) has no names of dimensions.
+template <class T>
+bool has_names(const T& tensor) {
+  if constexpr (requires { tensor.has_names(); }) return tensor.has_names();
+  return false;
+}
+
 /// Torch's 16-bit kernel is slow with the unit, and without it where the rows are not contiguous: a
 /// transposed matrix, as in the backward of mv itself, took seven times as long as in FP32.
 at::Tensor mv(const at::Tensor& a, const at::Tensor& x) {
@@ -298,7 +305,7 @@ at::Tensor mv(const at::Tensor& a, const at::Tensor& x) {
   const bool ours = sixteen && (ops::widens_products(type) || ops::widens_layers(type)) &&
                     x.scalar_type() == type && a.dim() == 2 && x.dim() == 1 &&
                     a.size(1) == x.size(0) && a.numel() != 0 && !a.is_neg() && !x.is_neg() &&
-                    !a.has_names() && !x.has_names();
+                    !has_names(a) && !has_names(x);
   if (!ours) return at::compositeexplicitautograd::mv(a, x);
   const Plain plain;
   const bool transposed = a.stride(1) != 1 && a.stride(0) == 1;

@@ -235,10 +235,12 @@ def test_what_torch_refuses_of_group_norm_is_refused_in_the_same_words():
     check_refused_alike(calls)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "refine_names"), reason="this torch has no named tensors")
 def test_names_of_dimensions_stay():
     with pytest.warns(UserWarning, match="Named tensors"):
         x = torch.randn(3, 40, names=("rows", "columns")).half()
     assert x.max("columns").values.names == ("rows",)
+    assert x.mv(torch.randn(40).half()).names == ("rows",)
 
 
 def test_lstm_trains_under_autocast():
