@@ -45,7 +45,6 @@ double whole(const std::array<double, kNumbers>& rule, int entry, double most, c
 
 /// Refuses numbers that no policy of this version has.
 void check_rule(const std::array<double, kNumbers>& rule) {
-  using namespace policies;  // NOLINT
   const double kind = rule[math::kPolicyKind];
   TORCH_CHECK(kind >= 0 && kind <= 5 && kind == double(int(kind)),
               "scaler state is of policy kind ", kind,
@@ -53,7 +52,7 @@ void check_rule(const std::array<double, kNumbers>& rule) {
               "(Underflow), 5 (a Policy of yours)");
   if (kind == 0) return;
   policies::Rule(
-      Dynamic()
+      policies::Dynamic()
           .init_scale(rule[math::kPolicyInitScale])
           .growth_factor(rule[math::kPolicyGrowthFactor])
           .backoff_factor(rule[math::kPolicyBackoffFactor])
@@ -61,9 +60,10 @@ void check_rule(const std::array<double, kNumbers>& rule) {
           .min_scale(rule[math::kPolicyMinScale])
           .max_scale(rule[math::kPolicyMaxScale])
           .hysteresis(int(rule[math::kPolicyHysteresis]))
-          .refill(Refill(int(whole(rule, math::kPolicyRefill, 2, "refill"))))
+          .refill(policies::Refill(int(whole(rule, math::kPolicyRefill, 2, "refill"))))
           .tolerance(rule[math::kPolicyTolerance])
-          .arithmetic(Arithmetic(int(whole(rule, math::kPolicyArithmetic, 2, "arithmetic"))))
+          .arithmetic(
+              policies::Arithmetic(int(whole(rule, math::kPolicyArithmetic, 2, "arithmetic"))))
           .faithful_to(policies::Bounds(int(whole(rule, math::kPolicyBounds, 3, "bounds")))));
   whole(rule, math::kPolicyOnLimit, 2, "on_limit");
   whole(rule, math::kPolicyFloorKeeps, 1, "floor");

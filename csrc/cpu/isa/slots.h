@@ -244,9 +244,12 @@ auto with_any_slot(const StepTensor& tensor, uint32_t key, const Body& body) {
 }
 
 /// Calls `body(Slot)` for the combinations that most training runs in, and returns true; false for
-/// the others, which AnySlot serves. Beside narrow states those with split16.
+/// the others, which AnySlot serves. Beside narrow states those with split16. Not on the x86 CPUs
+/// without AVX2, too few for what it costs to compile.
 template <StateKind kHeld, class Body>
-HALFSTEP_FN bool with_common_slot(const StepTensor& tensor, const Body& body) {
+HALFSTEP_FN bool with_common_slot([[maybe_unused]] const StepTensor& tensor,
+                                  [[maybe_unused]] const Body& body) {
+#if !defined(__x86_64__) || defined(__AVX2__)
   const Dtype dtype = tensor.param_dtype;
   const MasterKind kind = tensor.master_kind;
   if (kind == MasterKind::kSplit16) {
@@ -261,6 +264,7 @@ HALFSTEP_FN bool with_common_slot(const StepTensor& tensor, const Body& body) {
     if (dtype == Dtype::kBF16) return body(Slot<F32, Dtype::kBF16, MasterKind::kNone>()), true;
     if (dtype == Dtype::kF32) return body(Slot<F32, Dtype::kF32, MasterKind::kNone>()), true;
   }
+#endif
   return false;
 }
 
