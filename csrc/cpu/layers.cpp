@@ -21,7 +21,6 @@
 #include <ATen/ops/col2im_ops.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/grid_sampler_2d_backward_ops.h>
 #include <ATen/ops/grid_sampler_2d_ops.h>
 #include <ATen/ops/im2col_ops.h>
@@ -29,6 +28,7 @@
 #include <ATen/ops/max_ops.h>
 #include <ATen/ops/mean_ops.h>
 #include <ATen/ops/min_ops.h>
+#include <ATen/ops/mul_cpu_dispatch.h>
 #include <ATen/ops/native_group_norm_backward_ops.h>
 #include <ATen/ops/native_group_norm_ops.h>
 #include <ATen/ops/pow_cpu_dispatch.h>
@@ -442,7 +442,7 @@ template <class Op, bool kSmallest>
 std::tuple<at::Tensor, at::Tensor> extreme(DispatchKeySet keys, const at::Tensor& self, int64_t dim,
                                            bool keep) {
   const bool last = self.dim() > 0 && (dim == -1 || dim == self.dim() - 1);
-  if (!takes(keys, self) || !last || !self.is_contiguous() || self.has_names())
+  if (!takes(keys, self) || !last || !self.is_contiguous() || has_names(self))
     return Op::redispatch(below_select(keys), self, dim, keep);
   const Plain plain;
   const int64_t n = self.size(-1), rows = self.numel() / n;
@@ -461,26 +461,25 @@ std::tuple<at::Tensor, at::Tensor> extreme(DispatchKeySet keys, const at::Tensor
 
 // ---- elementwise -------------------------------------------------------------------------------
 
-/// f(FP32 run, its result) over runs of 4,096 elements: 16 KiB, twice. `in` and `out` are dense
-/// with the same strides; they may be the same tensor.
+/// f(run in FP32, in place) over runs of 16,384 elements: 64 KiB, which stay in a core's own cache
+/// and are long enough for a call of torch's. `in` and `out` are dense with the same strides; they
+/// may be the same tensor.
 template <class F>
 void elementwise(const at::Tensor& in, const at::Tensor& out, const F& f) {
-  constexpr int64_t kRun = 4096;
+  constexpr int64_t kRun = 16384;
   const int64_t runs = (in.numel() + kRun - 1) / kRun;
-  const auto* from = static_cast<const at::Half*>(in.const_data_ptr());
-  auto* to = static_cast<at::Half*>(out.mutable_data_ptr());
-  at::parallel_for(0, runs, 8, [&](int64_t first, int64_t end) {
+  const uint16_t* from = bits(in);
+  uint16_t* to = writable(out);
+  auto* const convert = kernels().unscale;
+  at::parallel_for(0, runs, 2, [&](int64_t first, int64_t end) {
     const Plain plain;
-    alignas(64) float buffers[2][kRun];
-    for (int64_t i = first; i < end; ++i) {
-      const int64_t count = std::min(kRun, in.numel() - i * kRun);
-      const auto view = [&](void* memory, at::ScalarType type) {
-        return at::from_blob(memory, {count}, at::TensorOptions().dtype(type));
-      };
-      at::Tensor x = view(buffers[0], at::kFloat), y = view(buffers[1], at::kFloat);
-      x.copy_(view(const_cast<at::Half*>(from + i * kRun), at::kHalf));
-      f(y, x);
-      view(to + i * kRun, at::kHalf).copy_(y);
+    const Wide buffer(kRun);
+    for (int64_t i = first * kRun; i < std::min(end * kRun, in.numel()); i += kRun) {
+      const int64_t count = std::min(kRun, in.numel() - i);
+      convert(from + i, math::Dtype::kF16, buffer.data(), math::Dtype::kF32, 1, count);
+      at::Tensor run = buffer.shaped({count});
+      f(run);
+      convert(buffer.data(), math::Dtype::kF32, to + i, math::Dtype::kF16, 1, count);
     }
   });
 }
@@ -494,13 +493,13 @@ at::Tensor tanh(DispatchKeySet keys, const at::Tensor& self) {
   if (!takes_elements(keys, self)) return at::_ops::tanh::redispatch(below_select(keys), self);
   const Plain plain;
   at::Tensor out = at::empty_like(self);
-  elementwise(self, out, [](at::Tensor& y, const at::Tensor& x) { at::cpu::tanh_out(y, x); });
+  elementwise(self, out, [](at::Tensor& run) { at::cpu::tanh_(run); });
   return out;
 }
 
 at::Tensor& tanh_(DispatchKeySet keys, at::Tensor& self) {
   if (!takes_elements(keys, self)) return at::_ops::tanh_::redispatch(below_select(keys), self);
-  elementwise(self, self, [](at::Tensor& y, const at::Tensor& x) { at::cpu::tanh_out(y, x); });
+  elementwise(self, self, [](at::Tensor& run) { at::cpu::tanh_(run); });
   return self;
 }
 
@@ -508,9 +507,9 @@ at::Tensor pow(DispatchKeySet keys, const at::Tensor& self, const at::Scalar& ex
   if (!takes_elements(keys, self) || exponent.isComplex())
     return at::_ops::pow_Tensor_Scalar::redispatch(below_select(keys), self, exponent);
   const Plain plain;
+  if (exponent.toDouble() == 2) return at::cpu::mul(self, self);  // in FP32, rounded once
   at::Tensor out = at::empty_like(self);
-  elementwise(self, out,
-              [&](at::Tensor& y, const at::Tensor& x) { at::cpu::pow_out(y, x, exponent); });
+  elementwise(self, out, [&](at::Tensor& run) { at::cpu::pow_(run, exponent); });
   return out;
 }
 

@@ -290,13 +290,6 @@ at::Tensor& sum_in_place(DispatchKeySet keys, at::Tensor& self, const at::Tensor
 }
 
 // ---- mv ----------------------------------------------------------------------------------------
-/// Newer torch (2.15) has no names of dimensions.
-template <class T>
-bool has_names(const T& tensor) {
-  if constexpr (requires { tensor.has_names(); }) return tensor.has_names();
-  return false;
-}
-
 /// Torch's 16-bit kernel is slow with the unit, and without it where the rows are not contiguous: a
 /// transposed matrix, as in the backward of mv itself, took seven times as long as in FP32.
 at::Tensor mv(const at::Tensor& a, const at::Tensor& x) {

@@ -35,6 +35,13 @@ struct Plain {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
+/// Whether dimensions have names, which newer torch (2.15) does not know.
+template <class T>
+bool has_names(const T& tensor) {
+  if constexpr (requires { tensor.has_names(); }) return tensor.has_names();
+  return false;
+}
+
 /// `total` in even parts of at most `most`.
 inline int64_t even_part(int64_t total, int64_t most) {
   most = std::max<int64_t>(most, 1);
