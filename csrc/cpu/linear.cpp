@@ -3,15 +3,16 @@
 // but none for FP16.
 //
 //   Without a unit the stock 16-bit products are 40 to 500 times slower than FP32 (pytorch#146508);
-//   with the BF16 matrix unit they are as quick as FP32, and ours 1.5 to 2 times as quick.
-//   Without the matrix unit a, b and out are taken in tiles, so that the FP32 copies never exceed
-//   three times kPiece elements; where the inner dimension is cut, the tiles' products are summed
-//   in FP32 in order. mm, addmm, bmm and baddbmm stand at BackendSelect, below autograd: gradients,
-//   second derivatives, forward mode, functorch and tracing are torch's own, and the graph keeps
-//   the 16-bit tensors. matmul, einsum, nn.LSTM, … end in these. mv has only a
-//   CompositeExplicitAutograd kernel in torch, so it stands at CPU. linear adds a bias to inputs of
-//   any shape through addmm, so that there is one rounding. Every other dtype goes to the stock
-//   kernel as it is. Tests: tests/python/test_overrides.py.
+//   with the BF16 matrix unit they are as quick as FP32, and ours 1.5 to 2 times as quick. Large
+//   FP16 products go through tiles/tiles.h where product.h has kernels for this CPU. All others
+//   are taken in pieces, so that the FP32 copies never exceed three times kPiece elements; where
+//   the inner dimension is cut, the pieces' products are summed in FP32 in order. mm, addmm, bmm
+//   and baddbmm stand at BackendSelect, below autograd: gradients, second derivatives, forward
+//   mode, functorch and tracing are torch's own, and the graph keeps the 16-bit tensors. matmul,
+//   einsum, nn.LSTM, … end in these. mv has only a CompositeExplicitAutograd kernel in torch, so it
+//   stands at CPU. linear adds a bias to inputs of any shape through addmm, so that there is one
+//   rounding. Every other dtype goes to the stock kernel as it is. Tests:
+//   tests/python/test_overrides.py.
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/MemoryOverlap.h>
@@ -137,7 +138,7 @@ bool fits_tiles(const at::Tensor& a, const at::Tensor& b) {
 }
 
 void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const Sum& sum) {
-  if (sum.alpha.toDouble() == 1 && fits_tiles(a, b) && all_finite(a) && all_finite(b))
+  if (sum.alpha.toDouble() == 1 && fits_tiles(a, b) && fit_for_tiles(a) && fit_for_tiles(b))
     return multiply_in_tiles(out, a, b, sum);
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
   const Tile t = tile(m, n, k);

@@ -41,19 +41,21 @@ at::Tensor with_a_contiguous_side(const at::Tensor& t) {
 }  // namespace
 
 const TileKernels* tiles() {
+  static const TileKernels* const found = [] {
 #if defined(HALFSTEP_AMX)
-  static const TileKernels* const found = ops::has_matrix_unit() ? &kAmxTiles : nullptr;
-  return found;
-#else
-  return nullptr;
+    if (ops::has_matrix_unit()) return &kAmxTiles;
 #endif
+    return ops::has_vector_tiles() ? kernels().vector_tiles : nullptr;
+  }();
+  return found;
 }
 
 bool in_tiles(int64_t m, int64_t n, int64_t k) {
   return tiles() && std::min({m, n, k}) >= kBlock && m * n * k >= int64_t(1) << 20;
 }
 
-bool all_finite(const at::Tensor& halves) {
+bool fit_for_tiles(const at::Tensor& halves) {
+  if (!tiles()->finite) return true;
   at::Tensor rows = halves.stride(0) == 1 ? halves.t() : halves;
   if (rows.stride(1) != 1) rows = rows.contiguous();
   const int64_t count = rows.size(0), columns = rows.size(1), stride = rows.stride(0);
@@ -110,8 +112,8 @@ void Right::run(TileProduct product, const at::Tensor& a,
   product.k = b_.size(0);
   product.a = lines_of(lines, true);
   product.b = lines_of(b_, false);
-  multiply_packed(*tiles(), product, static_cast<char*>(packed_->data()), in_parallel, scratch,
-                  take);
+  multiply_packed(*tiles(), product, static_cast<char*>(packed_->data()), at::get_num_threads(),
+                  in_parallel, scratch, take);
 }
 
 void Right::multiply(const at::Tensor& a,

@@ -1,9 +1,9 @@
 #pragma once
 
 // c (+)= a b in the compute type: FP32 for operands of 16 bits and FP32, FP64 for FP64. FP16
-// operands go to the matrix unit where the CPU has one (tiles/tiles.h) and the product is worth its
-// packing; everywhere else they are widened for torch's FP32 product. Both sum in FP32, of exact
-// products.
+// operands go through the kernels of tiles/tiles.h where this CPU has some that are quicker and the
+// product is worth its packing; everywhere else they are widened for torch's FP32 product. All sum
+// in FP32, of exact products.
 
 #include <ATen/core/Tensor.h>
 
@@ -15,13 +15,15 @@
 
 namespace halfstep::cpu {
 
-/// The kernels for this CPU's BF16 matrix unit; null where it has none (ops::has_matrix_unit).
+/// The kernels for this CPU's BF16 matrix unit (ops::has_matrix_unit), or in FP32
+/// (ops::has_vector_tiles); null where FP16 products are better left to torch.
 const TileKernels* tiles();
 
-/// Whether FP16 products of [m, k] and [k, n] are worth the unit.
+/// Whether FP16 products of [m, k] and [k, n] are worth it.
 bool in_tiles(int64_t m, int64_t n, int64_t k);
-/// Whether all elements of this FP16 matrix are finite: others are not for the unit.
-bool all_finite(const at::Tensor& halves);
+/// Whether the elements of this FP16 matrix are for tiles(): the matrix unit takes finite ones
+/// only.
+bool fit_for_tiles(const at::Tensor& halves);
 
 /// Operands in the compute type: 16-bit ones as copies in memory that is used for one piece after
 /// another, others as they are.
@@ -43,11 +45,11 @@ void round_to(const TileResult& piece, const at::Tensor& matrix, const float* bi
 class Right {
  public:
   /// rows: the most of a piece of a; 0 where a has the compute type. use_tiles: b is FP16, a FP16
-  /// or FP32, and what is FP16 is finite.
+  /// or FP32, and what is FP16 is fit_for_tiles().
   Right(const at::Tensor& b, int64_t rows, bool use_tiles);
   /// c (+)= a b; c [m, n] in the compute type, its rows contiguous.
   void multiply(at::Tensor& c, const at::Tensor& a, bool add = false) const;
-  /// On the matrix unit only: a b in pieces, each taken by the thread that computed it, from memory
+  /// In tiles only: a b in pieces, each taken by the thread that computed it, from memory
   /// that is then used for its next one.
   void multiply(const at::Tensor& a, const std::function<void(const TileResult&)>& take) const;
 

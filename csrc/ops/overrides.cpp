@@ -1,5 +1,6 @@
 #include "overrides.h"
 
+#include "../cpu/isa/kernels.h"
 #include "../cpu/tiles/tiles.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -63,6 +64,11 @@ constexpr bool kCompiled = true;
 constexpr bool kCompiled = false;
 #endif
 
+bool is_set_to(const char* variable, const char* value) {
+  const char* set = std::getenv(variable);
+  return set && !std::strcmp(set, value);
+}
+
 /// Intel AMX, and what it multiplies.
 struct MatrixUnit {
   bool bfloat = false, half = false;
@@ -87,17 +93,23 @@ struct MatrixUnit {
 #endif
   }
   static bool allowed() {
-    const auto is = [](const char* variable, const char* value) {
-      const char* set = std::getenv(variable);
-      return set && !std::strcmp(set, value);
-    };
-    if (is("HALFSTEP_TILES", "0") || is("ATEN_CPU_CAPABILITY", "default") ||
-        is("ATEN_CPU_CAPABILITY", "avx2"))
+    if (is_set_to("HALFSTEP_TILES", "0") || is_set_to("ATEN_CPU_CAPABILITY", "default") ||
+        is_set_to("ATEN_CPU_CAPABILITY", "avx2"))
       return false;
     const char* limit = isa_limit();
     return !limit || strcasestr(limit, "AMX");
   }
 };
+
+/// Where torch's FP32 products are not the best there are: MKL's on other makers' CPUs.
+bool is_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
 
 bool has_half_unit() {
   static const bool has = supported("mkldnn::_is_mkldnn_fp16_supported");
@@ -119,10 +131,12 @@ std::string cpu_path() {
     return std::string(name) + " products and attention: " + path(ops::widens_products(type)) +
            ", convolution and backward of attention: " + path(ops::widens_convolution(type));
   };
-  const char* unit = ops::prefers_matrix_unit(c10::kHalf)
-                         ? "; large float16 products: exact, on the BF16 matrix unit"
-                         : "";
-  return line("float16", c10::kHalf) + "; " + line("bfloat16", c10::kBFloat16) + unit;
+  const char* tiles = ops::prefers_matrix_unit(c10::kHalf)
+                          ? "; large float16 products: exact, on the BF16 matrix unit"
+                      : ops::widens_products(c10::kHalf) && ops::has_vector_tiles()
+                          ? "; large float16 products: widened on the way into FP32 vector tiles"
+                          : "";
+  return line("float16", c10::kHalf) + "; " + line("bfloat16", c10::kBFloat16) + tiles;
 }
 
 namespace ops {
@@ -135,6 +149,13 @@ bool has_unit(c10::ScalarType type) {
 bool has_matrix_unit() {
   static const bool has =
       kCompiled && MatrixUnit().bfloat && MatrixUnit::allowed() && MatrixUnit::granted();
+  return has;
+}
+
+bool has_vector_tiles() {
+  static const bool has = cpu::kernels().vector_tiles && !has_half_unit() && !has_matrix_unit() &&
+                          !is_set_to("HALFSTEP_TILES", "0") &&
+                          (is_amd() || is_set_to("HALFSTEP_TILES", "1"));
   return has;
 }
 

@@ -1,6 +1,6 @@
-// Products on the matrix unit (csrc/cpu/tiles): blocking, packing and edges against FP64, by a twin
-// of the kernels in plain C++, which runs anywhere, and by the instructions themselves where they
-// are.
+// Products in tiles (csrc/cpu/tiles): blocking, packing and edges against FP64, by a twin of the
+// matrix unit's kernels in plain C++, which runs anywhere, and by the instructions themselves where
+// they are.
 
 #include <halfstep/overrides.h>
 
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "catch.h"
+#include "cpu/isa/kernels.h"
 #include "cpu/tiles/multiply.h"
 #include "math/half.h"
 
@@ -116,9 +117,9 @@ struct Matrix {
   double value(int64_t l, int64_t i) const { return double(element(view(), l, i)); }
 };
 
-/// The largest error over the sum of magnitudes, of c (+)= a b, or of a b taken piece by piece.
-double error_of(const TileKernels& kernels, const Matrix& a, const Matrix& b, bool add,
-                bool pieces = false) {
+/// c = (3 +) a b in rows of n + 5 numbers, those beside the matrix 3; or a b taken piece by piece.
+std::vector<float> product_of(const TileKernels& kernels, const Matrix& a, const Matrix& b,
+                              bool add, bool pieces = false, int64_t threads = 2) {
   const int64_t m = a.lines, n = b.lines, k = a.inner, stride = n + 5;
   std::vector<float> c(size_t(m * stride), 3.0F);
   std::vector<char> memory(size_t(packed_bytes(n, k)) + 64);
@@ -129,12 +130,20 @@ double error_of(const TileKernels& kernels, const Matrix& a, const Matrix& b, bo
   alignas(64) static float scratch[kScratch];
   std::fill(scratch, scratch + kScratch, NAN);
   multiply_packed(
-      kernels, product, packed, backwards, [&] { return scratch; },
+      kernels, product, packed, threads, backwards, [&] { return scratch; },
       [&](const TileResult& r) {
         for (int64_t i = 0; i < r.rows; ++i)
           for (int64_t j = 0; j < r.columns; ++j)
             c[size_t((r.row + i) * stride + r.column + j)] = r.data[i * r.stride + j];
       });
+  return c;
+}
+
+/// The largest error over the sum of magnitudes.
+double error_of(const TileKernels& kernels, const Matrix& a, const Matrix& b, bool add,
+                bool pieces = false) {
+  const int64_t m = a.lines, n = b.lines, k = a.inner, stride = n + 5;
+  const std::vector<float> c = product_of(kernels, a, b, add, pieces);
   double worst = 0;
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
@@ -154,7 +163,8 @@ double error_of(const TileKernels& kernels, const Matrix& a, const Matrix& b, bo
   return worst;
 }
 
-void check(const TileKernels& kernels) {
+/// of_wide: the error that FP32 operands may have.
+void check(const TileKernels& kernels, double of_wide) {
   std::mt19937 random(7);
   const auto uniform = [&] { return std::uniform_real_distribution<float>(-1, 1)(random); };
   const auto eleven_bits = [&] { return float(int(random() % 4095) - 2047); };
@@ -183,16 +193,18 @@ void check(const TileKernels& kernels) {
         // Subnormal numbers are numbers.
         a.fill([&] { return std::ldexp(eleven_bits(), -24 - 11); });
         CHECK(error_of(kernels, a, b, false) < 1e-6);
-        // FP32 to 16 bits.
+        // FP32, on the matrix unit to 16 bits.
         Matrix wide(m, k, false, a_inner);
         wide.fill(uniform);
-        CHECK(error_of(kernels, wide, b, false) < 0x1.4p-15);
+        CHECK(error_of(kernels, wide, b, false) < of_wide);
       }
 }
 
 }  // namespace
 
-TEST_CASE("products in two parts of BF16 are FP32 products of FP16") { check(kPlainTiles); }
+TEST_CASE("products in two parts of BF16 are FP32 products of FP16") {
+  check(kPlainTiles, 0x1.4p-15);
+}
 
 TEST_CASE("the matrix unit gives what its plain twin gives") {
 #if defined(HALFSTEP_AMX)
@@ -200,7 +212,7 @@ TEST_CASE("the matrix unit gives what its plain twin gives") {
     WARN("this CPU has no BF16 matrix unit, or a better one; or it is hidden");
     return;
   }
-  check(kAmxTiles);
+  check(kAmxTiles, 0x1.4p-15);
   std::mt19937 random(3);
   for (const bool inner : {true, false})
     for (const bool half : {true, false})
@@ -222,5 +234,61 @@ TEST_CASE("the matrix unit gives what its plain twin gives") {
       CHECK(kAmxTiles.finite(halves.data(), count - 1));
     }
   }
+#endif
+}
+
+TEST_CASE(
+    "vector tiles sum by FMA along the inner dimension, the same bits on every instruction set") {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
+    WARN("this CPU has no AVX2");
+    return;
+  }
+  std::vector<const TileKernels*> found = {kKernelsAvx2.vector_tiles};
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    found.push_back(kKernelsAvx512.vector_tiles);
+  CHECK(kKernelsDefault.vector_tiles == nullptr);
+  std::mt19937 random(11);
+  const auto value = [&] {
+    return std::ldexp(float(int(random() % 4095) - 2047), -int(random() % 30));
+  };
+  for (const TileKernels* kernels : found) {
+    REQUIRE(kernels != nullptr);
+    check(*kernels, 1e-6);
+    for (const bool half : {true, false})
+      for (const bool inner : {true, false}) {
+        const int64_t m = 45, n = 77, k = 1100;  // three depths, the last of 76
+        Matrix a(m, k, half, inner), b(n, k, true, !inner);
+        a.fill(value);
+        b.fill(value);
+        for (const bool add : {true, false}) {
+          const std::vector<float> c = product_of(*kernels, a, b, add);
+          for (const int64_t threads : {1, 3, 16})
+            REQUIRE(product_of(*kernels, a, b, add, false, threads) == c);
+          for (int64_t i = 0; i < m; ++i)
+            for (int64_t j = 0; j < n; ++j) {
+              float sum = add ? 3 : 0;
+              for (int64_t l = 0; l < k; ++l)
+                sum = std::fma(float(a.value(i, l)), float(b.value(j, l)), sum);
+              REQUIRE(bits_of(c[size_t(i * (n + 5) + j)]) == bits_of(sum));
+            }
+        }
+      }
+    // Infinities and NaN are numbers like others.
+    Matrix a(40, 70, true, true), b(40, 70, true, false);
+    a.fill(value);
+    b.fill([] { return 0.0F; });
+    a.halves[size_t(a.at(3, 69))] = 0x7C00;
+    b.halves[size_t(b.at(5, 69))] = 0x3C00;
+    const std::vector<float> c = product_of(*kernels, a, b, false);
+    for (int64_t i = 0; i < 40; ++i)
+      for (int64_t j = 0; j < 40; ++j) {
+        const float x = c[size_t(i * 45 + j)];
+        REQUIRE((i == 3 ? (j == 5 ? x == INFINITY : std::isnan(x)) : std::isfinite(x)));
+      }
+  }
+#else
+  WARN("only on x86");
 #endif
 }

@@ -38,6 +38,7 @@ struct LinearKernels;
 struct MatrixVectorKernels;  // mv.h
 struct RopeKernels;
 struct SoftmaxKernels;
+struct TileKernels;  // tiles/tiles.h
 
 struct Kernels {
   const char* name;  ///< "default", "avx2", "avx512"
@@ -87,6 +88,7 @@ struct Kernels {
   const GroupNormKernels* group_norm;  ///< group_norm.h
   const MatrixVectorKernels* mv;       ///< mv.h
   ExtremeKernel extreme;
+  const TileKernels* vector_tiles;  ///< vector_tiles.h; null in the default table
 };
 
 extern const Kernels kKernelsDefault;

@@ -5,6 +5,7 @@
 #include "parts.h"
 #include "rope.h"
 #include "softmax.h"
+#include "vector_tiles.h"
 
 namespace halfstep::cpu {
 
@@ -33,6 +34,7 @@ const Kernels HALFSTEP_TABLE = {HALFSTEP_ISA_NAME,
                                 &kLinear,
                                 &kGroupNorm,
                                 &kMatrixVector,
-                                kExtreme};
+                                kExtreme,
+                                kVectorTiles};
 
 }  // namespace halfstep::cpu

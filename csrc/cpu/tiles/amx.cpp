@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "tiles.h"
+#include "transpose.h"
 
 namespace halfstep::cpu {
 
@@ -64,30 +65,10 @@ __m512 load(const void* data, int64_t at, __mmask16 mask) {
 
 /// 16 x 16 numbers of 32 bits, in rows of 64 bytes.
 void transpose(char* tile) {
-  __m512i r[16], t[16];
+  __m512i r[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(tile + 64 * i);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm512_store_si512(tile + 64 * i, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_store_si512(tile + 64 * (i + 8), _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
-    _mm512_store_si512(tile + 64 * (i + 4), _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-    _mm512_store_si512(tile + 64 * (i + 12), _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD));
-  }
+  transpose_registers(r);
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 64 * i, r[i]);
 }
 
 /// A tile's two parts, 16 lines x 32: a row is a line where the inner dimension is contiguous, and

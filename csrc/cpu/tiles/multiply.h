@@ -16,8 +16,8 @@
 namespace halfstep::cpu {
 
 constexpr int64_t kDepth = 512;
-constexpr int64_t kGroup = 16;  // panels of b
-constexpr int64_t kPart = 8;    // strips of a
+constexpr int64_t kGroup = 16;  // panels of b, at most
+constexpr int64_t kPart = 8;    // strips of a, at most
 /// Rows of scratch memory are not a power of two apart, or 32 of them would share two sets of a
 /// cache.
 constexpr int64_t kScratchStride = kGroup * kBlock + 16;
@@ -89,21 +89,37 @@ class TileSession {
   const TileKernels& kernels_;
 };
 
-/// `packed`: b, by pack_b. scratch(): kScratch numbers of the calling thread's, aligned to 64
-/// bytes. take(TileResult) is called once for each piece of a result without c, by the thread that
-/// has it.
+/// How many parts strips of a are divided into, so that groups x parts tasks keep all threads busy
+/// to the end.
+inline int64_t parts_of(int64_t strips, int64_t groups, int64_t threads) {
+  const int64_t least = (strips + kPart - 1) / kPart;
+  const auto longest = [&](int64_t parts) {  // strips of the thread that has most
+    return (groups * parts + threads - 1) / threads * ((strips + parts - 1) / parts);
+  };
+  int64_t best = least;
+  for (int64_t parts = least + 1; parts <= std::min(strips, least + threads); ++parts)
+    if (longest(parts) < longest(best)) best = parts;
+  return best;
+}
+
+/// `packed`: b, by pack_b. `threads`: how many `parallel` has. scratch(): kScratch numbers of the
+/// calling thread's, aligned to 64 bytes. take(TileResult) is called once for each piece of a
+/// result without c, by the thread that has it.
 template <class Parallel, class Scratch, class Take>
 void multiply_packed(const TileKernels& kernels, const TileProduct& p, char* packed,
-                     const Parallel& parallel, const Scratch& scratch, const Take& take) {
+                     int64_t threads, const Parallel& parallel, const Scratch& scratch,
+                     const Take& take) {
   const bool exact = p.a.half && p.b.half;
   const int64_t strips = blocks_of(p.m), panels = blocks_of(p.n);
-  const int64_t groups = (panels + kGroup - 1) / kGroup, parts = (strips + kPart - 1) / kPart;
+  const int64_t groups = (panels + kGroup - 1) / kGroup;
+  const int64_t parts = parts_of(strips, groups, threads);
   parallel(groups * parts, [&](int64_t begin, int64_t end) {
     alignas(64) char a[kDepth / kBlock * kBlockBytes];
     const TileSession session(kernels);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first_panel = task / parts * kGroup, part = task % parts;
-      const int64_t last_panel = std::min(panels, first_panel + kGroup);
+      const int64_t group = task / parts, part = task % parts;
+      const int64_t first_panel = panels * group / groups;
+      const int64_t last_panel = panels * (group + 1) / groups;
       const int64_t first_strip = strips * part / parts;
       const int64_t last_strip = strips * (part + 1) / parts;
       const int64_t row = first_strip * kBlock, column = first_panel * kBlock;

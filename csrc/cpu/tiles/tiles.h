@@ -1,6 +1,8 @@
 #pragma once
 
-// FP16 products on the BF16 matrix unit of a CPU (Intel AMX), without losing a bit of an operand.
+// FP16 products without losing a bit of an operand: on the BF16 matrix unit of a CPU (Intel AMX),
+// or in FP32 vector instructions (isa/vector_tiles.cpp), which hold FP32 numbers where this file
+// speaks of two parts.
 //
 //   An FP16 number is the sum of two BF16 numbers, exactly: 11 bits are 8 and 3, and BF16 has
 //   FP32's range. So a b = (ah + al)(bh + bl) is four products of the unit, each exact, summed in
@@ -11,7 +13,7 @@
 //   product should be infinite: callers look for them among FP16 operands first (finite) and take
 //   another way.
 //
-//   No torch here: this file and its two users (amx.cpp, the plain twin of
+//   No torch here: this file and its users (amx.cpp, vector_tiles.cpp, the plain twin of
 //   tests/cpp/tiles_test.cpp) are pointers and sizes.
 
 #include <cstdint>
@@ -23,8 +25,9 @@
 
 namespace halfstep::cpu {
 
-/// A block is 32 lines x 32 of the inner dimension, in four tiles of 16 lines: upper and lower half
-/// of the high parts, then of the low parts. A panel is blocks along the inner dimension.
+/// A block is 32 lines x 32 of the inner dimension, 4 bytes each. The matrix unit has it in four
+/// tiles of 16 lines: upper and lower half of the high parts, then of the low parts. A panel is
+/// blocks along the inner dimension.
 constexpr int64_t kBlock = 32;
 constexpr int64_t kBlockBytes = 2 * 2 * kBlock * kBlock;
 
@@ -37,7 +40,7 @@ struct TileMatrix {
 };
 
 struct TileKernels {
-  /// Whether `count` halves are all finite.
+  /// Whether `count` halves are all finite; null where that does not matter.
   bool (*finite)(const void* halves, int64_t count);
   /// `lines` of at most kBlock lines from `line` on, `count` of the inner dimension from `inner`
   /// on, as the panel of operand a or b; what is missing in the last block is zero.

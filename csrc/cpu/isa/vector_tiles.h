@@ -1,0 +1,13 @@
+#pragma once
+
+// The kernels of tiles/tiles.h in FP32 vector instructions. No torch here.
+
+#include "../../math/platform.h"
+#include "../tiles/tiles.h"
+
+namespace halfstep::cpu::inline HALFSTEP_ISA {
+
+/// Null without AVX2.
+extern const TileKernels* const kVectorTiles;
+
+}  // namespace halfstep::cpu::inline HALFSTEP_ISA
