@@ -408,7 +408,7 @@ def test_init_writes_a_script_that_runs(tmp_path, monkeypatch):
 
 
 # -- the claims, on real data ----------------------------------------------------------------------
-ENVIRONMENT = dict(os.environ, OMP_WAIT_POLICY="passive", PYTHONPATH=os.pathsep.join([str(Path(hs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(Path(hs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
 
 
 def halfstep(*words):
