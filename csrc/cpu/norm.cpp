@@ -76,10 +76,8 @@ ops::NormOutputs norm(const char* op, const Tensor& x, c10::SymIntArrayRef shape
   work.n = n;
   work.eps = eps;
   const NormKernels& k = *kernels().norm;
-  at::parallel_for(0, rows, grain(n), [&](int64_t begin, int64_t end) {
-    const Tensor row = buffer(k.padded(n), wide);
-    k.forward(work, begin, end, row.mutable_data_ptr());
-  });
+  at::parallel_for(0, rows, grain(n),
+                   [&](int64_t begin, int64_t end) { k.forward(work, begin, end); });
   return out;
 }
 
@@ -128,10 +126,9 @@ ops::NormOutputs norm_backward(const char* op, const Tensor& grad_y,
   const int64_t stride = 2 * width;
   const Tensor partial = buffer(sums ? blocks * stride : 0, at::kDouble);
   at::parallel_for(0, blocks, grain(n * per_block), [&](int64_t begin, int64_t end) {
-    const Tensor row = buffer(3 * width, wide), scratch = buffer(sums ? stride : 0, wide);
+    const Tensor scratch = buffer(sums ? stride : 0, wide);
     for (int64_t block = begin; block < end; ++block)
       k.backward(work, block * per_block, std::min(rows, (block + 1) * per_block),
-                 row.mutable_data_ptr(),
                  sums ? partial.mutable_data_ptr<double>() + block * stride : nullptr,
                  mutable_data_of(scratch));
   });

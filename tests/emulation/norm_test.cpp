@@ -95,8 +95,8 @@ struct Run {
     auto f = forward<cpu::NormForward>();
     auto b = backward<cpu::NormBackward>();
     const int64_t width = k.padded(s.n);
-    std::vector<double> w(size_t(width), 0), c(size_t(width), 0), buffer(size_t(3 * width), 0),
-        sums(size_t(2 * width), 0), scratch(size_t(2 * width), 0);
+    std::vector<double> w(size_t(width), 0), c(size_t(width), 0), sums(size_t(2 * width), 0),
+        scratch(size_t(2 * width), 0);
     const double offset = s.centred ? 0 : 1;
     k.parameters(s.has_parameters ? weight->data() : nullptr, s.parameter, offset, 1 + offset, s.n,
                  wide, w.data());
@@ -104,8 +104,8 @@ struct Run {
                  wide, c.data());
     f.weight = b.weight = w.data();
     f.bias = c.data();
-    k.forward(f, 0, s.rows, buffer.data());
-    k.backward(b, 0, s.rows, buffer.data(), sums.data(), scratch.data());
+    k.forward(f, 0, s.rows);
+    k.backward(b, 0, s.rows, sums.data(), scratch.data());
     if (!s.has_parameters) return;
     k.add_blocks(sums.data(), 1, 2 * width, 0, s.n, s.parameter, dweight->data());
     if (s.centred)

@@ -2,9 +2,10 @@
 //   x, y, dy, dx: FP16, BF16, FP32; residual, its output and their gradients: any of the three of
 //   their own; weight and bias: made T before. FP64: all of them FP64, computed in FP64. Nothing
 //   aliases.
-//   A thread takes whole rows. A row is read once, into a buffer of T that stays in its cache; the
-//   moments and the output are formed there. Backward: the same for dy and x; the sums for weight
-//   and bias stay in cache over a block of rows.
+//   A thread takes whole rows, twice: for the sums of a row, and for what is formed with them; the
+//   second time from its cache. The sums for weight and bias stay in cache over a block of rows.
+//   A short row is read before its predecessor is finished: the sums that end the reading are a
+//   chain of additions, which the processor then has other work beside.
 //   While a row is read the next one is asked for: reading stops and begins again with every row,
 //   which the processor's own prefetching does not follow.
 //   Bytes an FP16 element: forward 4, with residual 8; backward 6, with the residual's gradient 8.
@@ -25,6 +26,9 @@ namespace {
 
 template <class V>
 using Scalar = typename Traits<V>::Scalar;
+
+/// Elements of a row of which two, with what belongs to them, fit in the first cache.
+constexpr int64_t kShortRow = 1024;
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -61,22 +65,26 @@ void parameters(const void* from, Dtype dtype, double offset, double otherwise, 
     fill_parameters(from, dtype, offset, otherwise, count, static_cast<float*>(to));
 }
 
+const char* start_of(const void* data, int64_t bytes) {
+  return data ? static_cast<const char*>(data) + bytes : nullptr;
+}
+
 struct RowSums {
   double sum, squares;
 };
 
-/// Sums of d = x - mean and of its squares over a row in the buffer, in A (FP32 or FP64) lanes.
-template <class A, class V>
-RowSums sum_row(const Scalar<V>* x, int64_t n, Scalar<V> mean) {
+/// Sums of d = x - mean and of its squares over a row, in A (FP32 or FP64) lanes.
+template <class A, class V, class Load>
+RowSums sum_row(const Load& load, int64_t n, Scalar<V> mean) {
   PairSum<A> sum, squares;
   for_each_pair(
       n,
       [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
         A d;
         if constexpr (sizeof(A) == sizeof(V))
-          d = load_lanes(x + i) - broadcast<A>(mean);
+          d = load(i, lanes) - broadcast<A>(mean);
         else
-          d = to_double(load_lanes(x + i)) - broadcast<A>(mean);
+          d = to_double(load(i, lanes)) - broadcast<A>(mean);
         d = within(d, lanes, 0);
         sum[which].add(d);
         squares[which].add_product(d, d);
@@ -85,20 +93,21 @@ RowSums sum_row(const Scalar<V>* x, int64_t n, Scalar<V> mean) {
   return {sum.total(), squares.total()};
 }
 
-/// load(i, lanes), a row, into the buffer, and its moments. The sums are taken on the way, around
-/// the average of the first pack; once more where that was far off.
-template <class V, class Load>
-HALFSTEP_FN NormRow<Scalar<V>> read_row(int64_t n, double eps, bool centred, Scalar<V>* buffer,
-                                        const Load& load) {
+/// The moments of a row. first(i, lanes), called for each pack in order, and again(i, lanes) after
+/// it give its elements. The sums are taken around the average of the first pack; once more where
+/// that was far off.
+template <class V, class First, class Again>
+HALFSTEP_FN NormRow<Scalar<V>> read_row(int64_t n, double eps, bool centred, const First& first,
+                                        const Again& again) {
   using T = Scalar<V>;
   T mean = 0;
   if (centred) {
     // Any place near the row will do; that of a constant row is the constant.
     if (n >= kLanes) {
-      mean = sum_lanes(load(0, Whole()) * broadcast<V>(T(1) / kLanes));
+      mean = sum_lanes(first(0, Whole()) * broadcast<V>(T(1) / kLanes));
     } else {
       T lanes[kLanes];
-      store_lanes(lanes, load(0, Part{int(n)}));
+      store_lanes(lanes, first(0, Part{int(n)}));
       double total = 0;
       for (const T lane : lanes) total += double(lane);
       mean = T(total / double(n));
@@ -108,9 +117,7 @@ HALFSTEP_FN NormRow<Scalar<V>> read_row(int64_t n, double eps, bool centred, Sca
   for_each_pair(
       n,
       [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
-        const V x = load(i, lanes);
-        store_lanes(buffer + i, x);
-        const V d = within(x - broadcast<V>(mean), lanes, 0);
+        const V d = within(first(i, lanes) - broadcast<V>(mean), lanes, 0);
         sum[which].add(d);
         squares[which].add_product(d, d);
       },
@@ -119,176 +126,102 @@ HALFSTEP_FN NormRow<Scalar<V>> read_row(int64_t n, double eps, bool centred, Sca
   const double share = 1 / double(n), rest = sums.sum * share;
   if (centred && 2 * rest * rest > sums.squares * share) {
     mean = T(double(mean) + rest);
-    sums = sum_row<V, V>(buffer, n, mean);
+    sums = sum_row<V, V>(again, n, mean);
   }
   if constexpr (sizeof(T) == 4) {
     if (!(sums.squares - sums.squares == 0)) {
-      if (centred) mean = T(sum_row<F64, V>(buffer, n, 0).sum / double(n));
-      sums = sum_row<F64, V>(buffer, n, mean);
+      if (centred) mean = T(sum_row<F64, V>(again, n, 0).sum / double(n));
+      sums = sum_row<F64, V>(again, n, mean);
     }
   }
   return norm_row(mean, sums.sum, sums.squares, n, eps, centred);
 }
 
-/// x, or x + residual as it is rounded and stored, into the buffer.
-template <class V>
-NormRow<Scalar<V>> load_row(const NormForward& work, int64_t row, Scalar<V>* buffer) {
+/// read(row, which) and finish(row, which) for the rows [begin, end) in order, of which two are on
+/// their way at a time where they are short.
+template <class Read, class Finish>
+HALFSTEP_FN void for_each_row(int64_t begin, int64_t end, int64_t n, const Read& read,
+                              const Finish& finish) {
+  const int64_t ahead = n <= kShortRow ? 1 : 0;
+  int64_t next = begin;
+  for (int64_t row = begin; row < end; ++row) {
+    for (; next < end && next <= row + ahead; ++next) read(next, next & 1);
+    finish(row, row & 1);
+  }
+}
+
+/// Of x in X, or of x + residual as it is rounded and stored in R.
+template <class V, class X, class R>
+void forward_rows(const NormForward& work, int64_t begin, int64_t end) {
+  using T = Scalar<V>;
   const int64_t n = work.n;
   const bool centred = work.mean;
-  NormRow<Scalar<V>> result;
-  with_dtype<V>(
-      work.x_dtype, [&](auto elements) __attribute__((always_inline)) {
-        using X = decltype(elements);
-        const char* x = static_cast<const char*>(work.x) + row * n * X::size;
-        const char* y = static_cast<const char*>(work.y) + row * n * X::size;
-        if (!work.residual) {
-          result = read_row<V>(
-              n, work.eps, centred,
-              buffer, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-                fetch(x, (n + i) * X::size);
-                fetch_to_write(y + i * X::size);
-                return X::load(x, i, lanes);
-              });
-          return;
-        }
-        with_dtype<V>(
-            work.residual_dtype, [&](auto other) __attribute__((always_inline)) {
-              using R = decltype(other);
-              const char* residual = static_cast<const char*>(work.residual) + row * n * R::size;
-              char* out = static_cast<char*>(work.residual_out) + row * n * R::size;
-              result = read_row<V>(
-                  n, work.eps, centred,
-                  buffer, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-                    fetch(x, (n + i) * X::size);
-                    fetch(residual, (n + i) * R::size);
-                    fetch_to_write(y + i * X::size);
-                    R::store(out, i, X::load(x, i, lanes) + R::load(residual, i, lanes), lanes);
-                    return R::load(out, i, lanes);
-                  });
-            });
-      });
-  return result;
-}
-
-template <class V>
-void forward_rows(const NormForward& work, int64_t begin, int64_t end, Scalar<V>* buffer) {
-  using T = Scalar<V>;
   const auto* weight = static_cast<const T*>(work.weight);
   const auto* bias = static_cast<const T*>(work.bias);
-  for (int64_t row = begin; row < end; ++row) {
-    const NormRow<T> r = load_row<V>(work, row, buffer);
-    if (work.mean) static_cast<T*>(work.mean)[row] = T(double(r.mean) + double(r.rest));
-    static_cast<T*>(work.rstd)[row] = r.rstd;
-    with_dtype<V>(
-        work.x_dtype, [&](auto elements) __attribute__((always_inline)) {
-          using E = decltype(elements);
-          char* y = static_cast<char*>(work.y) + row * work.n * E::size;
-          for_each_pack(
-              work.n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-                const V z = normalise(load_lanes(buffer + i), r);
-                E::store(y, i, fma(z, load_lanes(weight + i), load_lanes(bias + i)), lanes);
-              });
-        });
-  }
-}
-
-void forward(const NormForward& work, int64_t begin, int64_t end, void* buffer) {
-  if (work.x_dtype == Dtype::kF64)
-    forward_rows<F64>(work, begin, end, static_cast<double*>(buffer));
-  else
-    forward_rows<F32>(work, begin, end, static_cast<float*>(buffer));
-}
-
-/// `row` elements of `from` as V in `to`, zeros up to whole packs.
-template <class V>
-void widen(const void* from, Dtype dtype, int64_t row, int64_t n, Scalar<V>* to) {
-  with_dtype<V>(
-      dtype, [&](auto elements) __attribute__((always_inline)) {
-        using E = decltype(elements);
-        const char* data = static_cast<const char*>(from) + row * n * E::size;
-        for_each_pack(
-            n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-              store_lanes(to + i, E::load(data, i, lanes));
-            });
-      });
-}
-
-/// One row of the backward in buffers of T.
-template <class V>
-struct Row {
-  Scalar<V>*grad, *z, *residual;  ///< dy; z, later dx; gradient of the residual output
-};
-
-/// dy and z (but for `rest`) into the buffers, and the sums of the row.
-template <class V>
-NormSlope<Scalar<V>> slope_of(const NormBackward& work, int64_t row, const Row<V>& at) {
-  using T = Scalar<V>;
-  const T mean = work.mean ? static_cast<const T*>(work.mean)[row] : T(0);
-  const T rstd = static_cast<const T*>(work.rstd)[row];
-  const auto* weight = static_cast<const T*>(work.weight);
-  PairSum<V> sum, g_sum, product;
-  with_dtype<V>(
-      work.grad_dtype, [&](auto elements) __attribute__((always_inline)) {
-        using G = decltype(elements);
-        const char* grad = static_cast<const char*>(work.grad_y) + row * work.n * G::size;
-        with_dtype<V>(
-            work.input_dtype, [&](auto other) __attribute__((always_inline)) {
-              using X = decltype(other);
-              const char* x = static_cast<const char*>(work.input) + row * work.n * X::size;
-              for_each_pair(
-                  work.n,
-                  [&](int64_t i, auto lanes, auto which) __attribute__((always_inline)) {
-                    fetch(grad, (work.n + i) * G::size);
-                    fetch(x, (work.n + i) * X::size);
-                    const V dy = G::load(grad, i, lanes);
-                    const V z = within(norm_near_z(X::load(x, i, lanes), mean, rstd), lanes, 0);
-                    const V g = dy * load_lanes(weight + i);
-                    store_lanes(at.grad + i, dy);
-                    store_lanes(at.z + i, z);
-                    sum[which].add(z);
-                    g_sum[which].add(g);
-                    product[which].add_product(g, z);
-                  },
-                  sum, g_sum, product);
-            });
-      });
-  return norm_slope(rstd, sum.total(), g_sum.total(), product.total(), work.n,
-                    work.mean != nullptr);
-}
-
-/// dx of the row, and its part of the sums for weight and bias.
-template <class V, bool kResidual>
-void finish_row(const NormBackward& work, int64_t row, const Row<V>& at,
-                const NormSlope<Scalar<V>>& slope, Scalar<V>* weight_sum, Scalar<V>* bias_sum) {
-  using T = Scalar<V>;
-  const auto* weight = static_cast<const T*>(work.weight);
-  const auto write = [&](void* to, Dtype dtype, const auto& value) {
-    with_dtype<V>(
-        dtype, [&](auto elements) __attribute__((always_inline)) {
-          using E = decltype(elements);
-          char* data = static_cast<char*>(to) + row * work.n * E::size;
-          for_each_pack(
-              work.n, [&](int64_t i, auto lanes)
-                          __attribute__((always_inline)) { E::store(data, i, value(i), lanes); });
-        });
+  const auto row_of = [&](const void* data, int64_t row, int64_t size) {
+    return start_of(data, row * n * size);
   };
-  const auto gradient = [&](int64_t i) __attribute__((always_inline)) {
-    const V dy = load_lanes(at.grad + i), z = norm_z(load_lanes(at.z + i), slope);
-    if (weight_sum) {
-      store_lanes(weight_sum + i, fma(dy, z, load_lanes(weight_sum + i)));
-      if (bias_sum) store_lanes(bias_sum + i, load_lanes(bias_sum + i) + dy);
+  // What y is formed of.
+  const auto again = [&](int64_t row) __attribute__((always_inline)) {
+    if constexpr (std::is_void_v<R>) {
+      return [x = row_of(work.x, row, X::size)](int64_t i, auto lanes)
+          __attribute__((always_inline)) {
+        return X::load(x, i, lanes);
+      };
+    } else {
+      return [out = row_of(work.residual_out, row, R::size)](int64_t i, auto lanes)
+          __attribute__((always_inline)) {
+        return R::load(out, i, lanes);
+      };
     }
-    const V residual = kResidual ? load_lanes(at.residual + i) : broadcast<V>(0);
-    return norm_gradient(dy * load_lanes(weight + i), z, residual, slope);
   };
-  if (work.grad_x && !work.grad_input) {
-    write(work.grad_x, work.grad_dtype, gradient);
-    return;
-  }
-  for (int64_t i = 0; i < work.n; i += kLanes) store_lanes(at.z + i, gradient(i));
-  const auto kept = [&](int64_t i) __attribute__((always_inline)) { return load_lanes(at.z + i); };
-  if (work.grad_x) write(work.grad_x, work.grad_dtype, kept);
-  if (work.grad_input) write(work.grad_input, work.input_dtype, kept);
+  NormRow<T> moments[2];
+  const auto read = [&](int64_t row, int64_t which) __attribute__((always_inline)) {
+    const char *x = row_of(work.x, row, X::size), *y = row_of(work.y, row, X::size);
+    const auto first = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      fetch(x, (n + i) * X::size);
+      fetch_to_write(y + i * X::size);
+      const V value = X::load(x, i, lanes);
+      if constexpr (std::is_void_v<R>) {
+        return value;
+      } else {
+        const char* residual = row_of(work.residual, row, R::size);
+        char* out = const_cast<char*>(row_of(work.residual_out, row, R::size));
+        fetch(residual, (n + i) * R::size);
+        R::store(out, i, value + R::load(residual, i, lanes), lanes);
+        return R::load(out, i, lanes);
+      }
+    };
+    moments[which] = read_row<V>(n, work.eps, centred, first, again(row));
+  };
+  const auto finish = [&](int64_t row, int64_t which) __attribute__((always_inline)) {
+    const NormRow<T> r = moments[which];
+    if (centred) static_cast<T*>(work.mean)[row] = T(double(r.mean) + double(r.rest));
+    static_cast<T*>(work.rstd)[row] = r.rstd;
+    char* y = const_cast<char*>(row_of(work.y, row, X::size));
+    const auto x = again(row);
+    for_each_pack(
+        n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          const V z = normalise(x(i, lanes), r);
+          X::store(y, i, fma(z, load_lanes(weight + i), load_lanes(bias + i)), lanes);
+        });
+  };
+  for_each_row(begin, end, n, read, finish);
+}
+
+template <class V>
+void forward_in(const NormForward& work, int64_t begin, int64_t end) {
+  with_dtype<V>(work.x_dtype, [&](auto elements) {
+    using X = decltype(elements);
+    if (!work.residual) return forward_rows<V, X, void>(work, begin, end);
+    with_dtype<V>(work.residual_dtype,
+                  [&](auto other) { forward_rows<V, X, decltype(other)>(work, begin, end); });
+  });
+}
+
+void forward(const NormForward& work, int64_t begin, int64_t end) {
+  work.x_dtype == Dtype::kF64 ? forward_in<F64>(work, begin, end)
+                              : forward_in<F32>(work, begin, end);
 }
 
 /// Moves `count` sums of T into doubles.
@@ -300,39 +233,86 @@ void flush(Scalar<V>* from, double* to, int64_t count) {
   }
 }
 
-template <class V>
-void backward_rows(const NormBackward& work, int64_t begin, int64_t end, Scalar<V>* buffer,
-                   double* sums, Scalar<V>* scratch) {
-  const int64_t width = padded(work.n);
+/// grad_y and its gradient in G, the input, the gradient of the residual output and that of the
+/// residual in X.
+template <class V, class G, class X>
+void backward_rows(const NormBackward& work, int64_t begin, int64_t end, double* sums,
+                   Scalar<V>* scratch) {
+  using T = Scalar<V>;
+  const int64_t n = work.n, width = padded(n);
+  const auto* weight = static_cast<const T*>(work.weight);
   const int64_t sum_count = sums ? (work.mean ? 2 : 1) * width : 0;
-  const Row<V> at = {buffer, buffer + width, buffer + 2 * width};
   for (int64_t i = 0; i < sum_count; ++i) {
     sums[i] = 0;
     scratch[i] = 0;
   }
-  auto* weight_sum = sums ? scratch : nullptr;
-  auto* bias_sum = sums && work.mean ? scratch + width : nullptr;
-  for (int64_t row = begin; row < end; ++row) {
-    const auto slope = slope_of<V>(work, row, at);
-    if (work.grad_residual) {
-      widen<V>(work.grad_residual, work.input_dtype, row, work.n, at.residual);
-      finish_row<V, true>(work, row, at, slope, weight_sum, bias_sum);
-    } else {
-      finish_row<V, false>(work, row, at, slope, weight_sum, bias_sum);
-    }
+  T* const weight_sum = sums ? scratch : nullptr;
+  T* const bias_sum = sums && work.mean ? scratch + width : nullptr;
+  const auto row_of = [&](const void* data, int64_t row, int64_t size) {
+    return start_of(data, row * n * size);
+  };
+  const auto mean_of = [&](int64_t row) {
+    return work.mean ? static_cast<const T*>(work.mean)[row] : T(0);
+  };
+  const auto rstd_of = [&](int64_t row) { return static_cast<const T*>(work.rstd)[row]; };
+  NormSlope<T> slopes[2];
+  const auto read = [&](int64_t row, int64_t which) __attribute__((always_inline)) {
+    const T mean = mean_of(row), rstd = rstd_of(row);
+    const char *grad = row_of(work.grad_y, row, G::size), *x = row_of(work.input, row, X::size);
+    PairSum<V> sum, g_sum, product;
+    for_each_pair(
+        n,
+        [&](int64_t i, auto lanes, auto half) __attribute__((always_inline)) {
+          fetch(grad, (n + i) * G::size);
+          fetch(x, (n + i) * X::size);
+          const V z = within(norm_near_z(X::load(x, i, lanes), mean, rstd), lanes, 0);
+          const V g = G::load(grad, i, lanes) * load_lanes(weight + i);
+          sum[half].add(z);
+          g_sum[half].add(g);
+          product[half].add_product(g, z);
+        },
+        sum, g_sum, product);
+    slopes[which] =
+        norm_slope(rstd, sum.total(), g_sum.total(), product.total(), n, work.mean != nullptr);
+  };
+  const auto finish = [&](int64_t row, int64_t which) __attribute__((always_inline)) {
+    const T mean = mean_of(row), rstd = rstd_of(row);
+    const NormSlope<T> slope = slopes[which];
+    const char *grad = row_of(work.grad_y, row, G::size), *x = row_of(work.input, row, X::size);
+    const char* residual = row_of(work.grad_residual, row, X::size);
+    char* grad_x = const_cast<char*>(row_of(work.grad_x, row, G::size));
+    char* grad_input = const_cast<char*>(row_of(work.grad_input, row, X::size));
+    for_each_pack(
+        n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          const V dy = G::load(grad, i, lanes);
+          const V z = norm_z(norm_near_z(X::load(x, i, lanes), mean, rstd), slope);
+          if (weight_sum) store_lanes(weight_sum + i, fma(dy, z, load_lanes(weight_sum + i)));
+          if (bias_sum) store_lanes(bias_sum + i, load_lanes(bias_sum + i) + dy);
+          const V more = work.grad_residual ? X::load(residual, i, lanes) : broadcast<V>(0);
+          const V dx = norm_gradient(dy * load_lanes(weight + i), z, more, slope);
+          if (work.grad_x) G::store(grad_x, i, dx, lanes);
+          if (work.grad_input) X::store(grad_input, i, dx, lanes);
+        });
     if ((row - begin) % kNormRows == kNormRows - 1) flush<V>(scratch, sums, sum_count);
-  }
+  };
+  for_each_row(begin, end, n, read, finish);
   flush<V>(scratch, sums, sum_count);
 }
 
-void backward(const NormBackward& work, int64_t begin, int64_t end, void* buffer, double* sums,
-              void* scratch) {
-  if (work.grad_dtype == Dtype::kF64)
-    backward_rows<F64>(work, begin, end, static_cast<double*>(buffer), sums,
-                       static_cast<double*>(scratch));
-  else
-    backward_rows<F32>(work, begin, end, static_cast<float*>(buffer), sums,
-                       static_cast<float*>(scratch));
+template <class V>
+void backward_in(const NormBackward& work, int64_t begin, int64_t end, double* sums,
+                 void* scratch) {
+  with_dtype<V>(work.grad_dtype, [&](auto elements) {
+    with_dtype<V>(work.input_dtype, [&](auto other) {
+      backward_rows<V, decltype(elements), decltype(other)>(work, begin, end, sums,
+                                                            static_cast<Scalar<V>*>(scratch));
+    });
+  });
+}
+
+void backward(const NormBackward& work, int64_t begin, int64_t end, double* sums, void* scratch) {
+  work.grad_dtype == Dtype::kF64 ? backward_in<F64>(work, begin, end, sums, scratch)
+                                 : backward_in<F32>(work, begin, end, sums, scratch);
 }
 
 void add_blocks(const double* sums, int64_t blocks, int64_t stride, int64_t begin, int64_t end,

@@ -39,18 +39,18 @@ struct NormBackward {
 };
 
 struct NormKernels {
-  /// Elements of T in a buffer for rows of n: whole packs.
+  /// Elements of T in memory for rows of n: whole packs.
   int64_t (*padded)(int64_t n);
   /// `count` values of T in `to`, from + offset, zeros up to whole packs; without `from` the value
   /// `otherwise` in each.
   void (*parameters)(const void* from, Dtype dtype, double offset, double otherwise, int64_t count,
                      bool wide, void* to);
-  /// Rows [begin, end). buffer: padded(n) values of T.
-  void (*forward)(const NormForward& work, int64_t begin, int64_t end, void* buffer);
-  /// Rows [begin, end). buffer: 3 padded(n) values of T. sums: null, or for weight and bias, one
-  /// after the other, padded(n) doubles that are overwritten and padded(n) values of T as scratch:
-  /// the sums of these rows, kNormRows of them at a time in T.
-  void (*backward)(const NormBackward& work, int64_t begin, int64_t end, void* buffer, double* sums,
+  /// Rows [begin, end).
+  void (*forward)(const NormForward& work, int64_t begin, int64_t end);
+  /// Rows [begin, end). sums: null, or for weight and bias, one after the other, padded(n) doubles
+  /// that are overwritten and padded(n) values of T as scratch: the sums of these rows, kNormRows
+  /// of them at a time in T.
+  void (*backward)(const NormBackward& work, int64_t begin, int64_t end, double* sums,
                    void* scratch);
   /// to[i] = the sum over `blocks` rows of `sums` (`stride` apart), in order, for i in [begin,
   /// end).

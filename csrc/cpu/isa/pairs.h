@@ -18,7 +18,7 @@ class PairSum {
     sum_[0].flush();
     sum_[1].flush();
   }
-  HALFSTEP_FN double total() { return sum_[0].total() + sum_[1].total(); }
+  HALFSTEP_FN double total() { return sum_lanes(sum_[0].lanes() + sum_[1].lanes()); }
 
  private:
   LaneSum<V> sum_[2];
