@@ -1,9 +1,10 @@
 # libhalfstep_cuda.so: the kernels of cuda/ (no torch header) and their glue in csrc/cuda.
 #
 # HALFSTEP_CUDA_ARCHITECTURES: "release" for every card that this toolkit and we support, "majors" to see in
-# half the time that they compile (PTX of the oldest, assembled for one card of each major version), "native"
+# half the time that they compile (PTX of the oldest, assembled for one card each of five major versions), "native"
 # for the cards present, or a list as CMAKE_CUDA_ARCHITECTURES takes it. Default: native where there is a card, else three generations and PTX
 # for later ones.
+set(generate_code "")
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(architectures "${HALFSTEP_CUDA_ARCHITECTURES}")
   if(NOT architectures)
@@ -17,7 +18,7 @@ if(NOT CMAKE_CUDA_ARCHITECTURES)
     endif()
   elseif(architectures STREQUAL "majors")
     set(architectures OFF)
-    set(majors --generate-code=arch=compute_75,code=[compute_75,sm_75,sm_80,sm_90,sm_100,sm_120])
+    set(generate_code --generate-code=arch=compute_75,code=[compute_75,sm_75,sm_80,sm_90,sm_100,sm_120])
   elseif(architectures STREQUAL "release")
     set(architectures 75-real 80-real 86-real 89-real 90-real 100-real 120)
     execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --version OUTPUT_VARIABLE nvcc_version)
@@ -47,7 +48,7 @@ foreach(family IN LISTS HALFSTEP_FAMILIES)
 endforeach()
 add_library(halfstep_cuda SHARED ${cuda_sources})
 target_compile_options(
-  halfstep_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${majors} -O3 -fmad=false --expt-relaxed-constexpr --Werror all-warnings
+  halfstep_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${generate_code} -O3 -fmad=false --expt-relaxed-constexpr --Werror all-warnings
                         -Xcompiler=-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra>)
 target_precompile_headers(halfstep_cuda PRIVATE <ATen/core/Tensor.h> <ATen/ops/empty.h> <torch/library.h> <array>
                           <string> <vector>)

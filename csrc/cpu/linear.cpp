@@ -114,7 +114,7 @@ void multiply_in_tiles(const at::Tensor& out, const at::Tensor& a, const at::Ten
   }
   const bool one_row = sum.self.defined() && sum.self.stride(0) == 0;
   const int64_t k = a.size(1), n = b.size(1);
-  const int64_t columns = even_part(n, std::max<int64_t>(4 * kPiece / k, kGroup * kBlock));
+  const int64_t columns = even_part(n, std::max<int64_t>(4 * kPiece / k, kGroup * kTileBlock));
   for (int64_t j = 0; j < n; j += columns) {
     const int64_t count = std::min(columns, n - j);
     const auto part = [&](const at::Tensor& t) { return t.narrow(-1, j, count); };
@@ -138,7 +138,7 @@ bool fits_tiles(const at::Tensor& a, const at::Tensor& b) {
 }
 
 void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, const Sum& sum) {
-  if (sum.alpha.toDouble() == 1 && fits_tiles(a, b) && fit_for_tiles(a) && fit_for_tiles(b))
+  if (sum.alpha.toDouble() == 1 && fits_tiles(a, b) && values_fit_tiles(a) && values_fit_tiles(b))
     return multiply_in_tiles(out, a, b, sum);
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
   const Tile t = tile(m, n, k);

@@ -177,7 +177,7 @@ Forward forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTen
   const bool is_plain = activation == LinearActivation::kNone && same_bias;
   const at::Tensor rows = ops::as_rows(x);
   const bool use_tiles = takes_tiles(rows, weight, activation <= LinearActivation::kRelu) &&
-                         fit_for_tiles(rows) && fit_for_tiles(weight);
+                         values_fit_tiles(rows) && values_fit_tiles(weight);
   if (is_plain && !use_tiles && (!ops::is_sixteen(x.scalar_type()) || is_narrow(x, activation))) {
     out.y = at::linear(x, weight, bias).contiguous();
     return out;
@@ -293,7 +293,8 @@ void wgrad(at::Tensor& into, const at::Tensor& dz, const at::Tensor& x, bool fre
       even_part(m, std::max<int64_t>(kPiece / 2 / std::max<int64_t>({n, k, 1}), 512));
   const bool dense = into.stride(1) == 1 && into.stride(0) >= k;
   const bool use_tiles = dense && x.scalar_type() == at::kHalf &&
-                         in_tiles(n, k, std::min(tile, m)) && fit_for_tiles(dz) && fit_for_tiles(x);
+                         in_tiles(n, k, std::min(tile, m)) && values_fit_tiles(dz) &&
+                         values_fit_tiles(x);
   for (int64_t i = 0; i < m; i += tile) {
     const int64_t rows = std::min(tile, m - i);
     Right(x.narrow(0, i, rows), n, use_tiles)
@@ -352,9 +353,9 @@ Gradients linear_backward(const at::Tensor& dy, const at::Tensor& x, const at::T
   }
   const bool large = weight.numel() > kLargestWideWeight;
   const bool keeps_h = kind > LinearActivation::kRelu;
-  const bool use_tiles = !large && takes_tiles(b.x, weight, true) && fit_for_tiles(b.dy) &&
-                         fit_for_tiles(b.x) && fit_for_tiles(weight) &&
-                         (!keeps_h || fit_for_tiles(b.saved));
+  const bool use_tiles = !large && takes_tiles(b.x, weight, true) && values_fit_tiles(b.dy) &&
+                         values_fit_tiles(b.x) && values_fit_tiles(weight) &&
+                         (!keeps_h || values_fit_tiles(b.saved));
   const bool narrow =
       ops::is_sixteen(x.scalar_type()) && !use_tiles && (ops::has_unit(x.scalar_type()) || large);
   narrow ? backward_narrow(b) : backward_wide(b, use_tiles);

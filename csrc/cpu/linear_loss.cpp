@@ -48,8 +48,8 @@ class Chunks {
         classes_of_piece_(widens_ ? even_part(classes_, kPiece / std::max<int64_t>(x.size(1), 1))
                                   : classes_),
         use_tiles_(x.scalar_type() == at::kHalf &&
-                   in_tiles(rows_of_chunk_, classes_of_piece_, x.size(1)) && fit_for_tiles(x) &&
-                   fit_for_tiles(weight)) {
+                   in_tiles(rows_of_chunk_, classes_of_piece_, x.size(1)) && values_fit_tiles(x) &&
+                   values_fit_tiles(weight)) {
     const auto options = x.options().dtype(type_);
     if (bias) bias_ = bias->to(type_);
     logits_ = fresh({rows_of_chunk_, classes_}, options);

@@ -51,10 +51,10 @@ const TileKernels* tiles() {
 }
 
 bool in_tiles(int64_t m, int64_t n, int64_t k) {
-  return tiles() && std::min({m, n, k}) >= kBlock && m * n * k >= int64_t(1) << 20;
+  return tiles() && std::min({m, n, k}) >= kTileBlock && m * n * k >= int64_t(1) << 20;
 }
 
-bool fit_for_tiles(const at::Tensor& halves) {
+bool values_fit_tiles(const at::Tensor& halves) {
   if (!tiles()->finite) return true;
   at::Tensor rows = halves.stride(0) == 1 ? halves.t() : halves;
   if (rows.stride(1) != 1) rows = rows.contiguous();
@@ -112,8 +112,9 @@ void Right::run(TileProduct product, const at::Tensor& a,
   product.k = b_.size(0);
   product.a = lines_of(lines, true);
   product.b = lines_of(b_, false);
-  multiply_packed(*tiles(), product, static_cast<char*>(packed_->data()), at::get_num_threads(),
-                  in_parallel, scratch, take);
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  multiply_packed(*tiles(), product, static_cast<char*>(packed_->data()), threads, in_parallel,
+                  scratch, take);
 }
 
 void Right::multiply(const at::Tensor& a,

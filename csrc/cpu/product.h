@@ -23,7 +23,7 @@ const TileKernels* tiles();
 bool in_tiles(int64_t m, int64_t n, int64_t k);
 /// Whether the elements of this FP16 matrix are for tiles(): the matrix unit takes finite ones
 /// only.
-bool fit_for_tiles(const at::Tensor& halves);
+bool values_fit_tiles(const at::Tensor& halves);
 
 /// Operands in the compute type: 16-bit ones as copies in memory that is used for one piece after
 /// another, others as they are.
@@ -45,7 +45,7 @@ void round_to(const TileResult& piece, const at::Tensor& matrix, const float* bi
 class Right {
  public:
   /// rows: the most of a piece of a; 0 where a has the compute type. use_tiles: b is FP16, a FP16
-  /// or FP32, and what is FP16 is fit_for_tiles().
+  /// or FP32, and what is FP16 is values_fit_tiles().
   Right(const at::Tensor& b, int64_t rows, bool use_tiles);
   /// c (+)= a b; c [m, n] in the compute type, its rows contiguous.
   void multiply(at::Tensor& c, const at::Tensor& a, bool add = false) const;

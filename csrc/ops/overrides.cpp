@@ -101,7 +101,7 @@ struct MatrixUnit {
   }
 };
 
-/// Where torch's FP32 products are not the best there are: MKL's on other makers' CPUs.
+/// There our FP32 products are quicker than MKL's, which torch takes.
 bool is_amd() {
 #if defined(__x86_64__)
   __builtin_cpu_init();

@@ -11,8 +11,8 @@ bool has_unit(c10::ScalarType type);
 /// Whether FP16 products can go to a matrix unit for BF16 (csrc/cpu/tiles/tiles.h).
 /// ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY and HALFSTEP_TILES=0 hide it.
 bool has_matrix_unit();
-/// Whether FP16 products are ours in FP32 too, by csrc/cpu/isa/vector_tiles.cpp: on AMD's CPUs with
-/// AVX2 and without an FP16 unit, where they are quicker than torch's FP32 products of widened
+/// Whether FP16 products are computed in FP32 by csrc/cpu/isa/vector_tiles.cpp: on AMD's CPUs with
+/// AVX2 and without an FP16 unit. On Zen 4 that is quicker than torch's FP32 products of widened
 /// copies. HALFSTEP_TILES=1: on every CPU with AVX2 and neither unit; 0: never.
 bool has_vector_tiles();
 /// Whether the CPU has a matrix unit for FP16 itself, which oneDNN uses.

@@ -46,9 +46,9 @@ int64_t place(int64_t l, int64_t i, bool is_b) {
 void plain_pack(const TileMatrix& m, int64_t line, int64_t lines, int64_t inner, int64_t count,
                 bool is_b, char* panel) {
   auto* out = reinterpret_cast<uint16_t*>(panel);
-  for (int64_t k = 0; k < count; k += kBlock, out += kBlockBytes / 2)
-    for (int64_t l = 0; l < kBlock; ++l)
-      for (int64_t i = 0; i < kBlock; ++i) {
+  for (int64_t k = 0; k < count; k += kTileBlock, out += kBlockBytes / 2)
+    for (int64_t l = 0; l < kTileBlock; ++l)
+      for (int64_t i = 0; i < kTileBlock; ++i) {
         const bool there = l < lines && k + i < count;
         const float x = there ? element(m, line + l, inner + k + i) : 0;
         const uint16_t high = m.half ? uint16_t(bits_of(x) >> 16) : to_bfloat(x);
@@ -61,18 +61,18 @@ void plain_multiply(const char* a, const char* b, int64_t blocks, bool exact, fl
                     int64_t c_stride, bool add) {
   const auto* x = reinterpret_cast<const uint16_t*>(a);
   const auto* y = reinterpret_cast<const uint16_t*>(b);
-  for (int64_t r = 0; r < kBlock; ++r)
-    for (int64_t s = 0; s < kBlock; ++s) {
-      float sum = add ? c[r * c_stride + s] : 0;
+  for (int64_t r = 0; r < kTileBlock; ++r)
+    for (int64_t s = 0; s < kTileBlock; ++s) {
+      float sum = 0;
       for (int64_t block = 0; block < blocks; ++block)
         for (int64_t part = 0; part < 4; ++part) {
           if (part == 3 && !exact) continue;
           const int64_t first = block * (kBlockBytes / 2);
-          for (int64_t i = 0; i < kBlock; ++i)
+          for (int64_t i = 0; i < kTileBlock; ++i)
             sum += of_bfloat(x[first + (part & 1) * 1024 + place(r, i, false)]) *
                    of_bfloat(y[first + (part >> 1) * 1024 + place(s, i, true)]);
         }
-      c[r * c_stride + s] = sum;
+      c[r * c_stride + s] = add ? c[r * c_stride + s] + sum : sum;
     }
 }
 
@@ -237,8 +237,30 @@ TEST_CASE("the matrix unit gives what its plain twin gives") {
 #endif
 }
 
-TEST_CASE(
-    "vector tiles sum by FMA along the inner dimension, the same bits on every instruction set") {
+TEST_CASE("tasks are whole, within scratch memory, and even over threads") {
+  for (int64_t strips = 1; strips <= 200; ++strips)
+    for (const int64_t groups : {1, 2, 3, 7, 20})
+      for (const int64_t threads : {1, 2, 3, 7, 64}) {
+        CAPTURE(strips, groups, threads);
+        const int64_t parts = parts_of(strips, groups, threads);
+        REQUIRE((parts >= 1 && parts <= strips));        // none is empty
+        REQUIRE((strips + parts - 1) / parts <= kPart);  // what scratch memory is for
+        const auto longest = [&](int64_t count) {
+          return (groups * count + threads - 1) / threads * ((strips + count - 1) / count);
+        };
+        REQUIRE(longest(parts) <= longest((strips + kPart - 1) / kPart));
+      }
+  CHECK(parts_of(8, 1, 2) == 2);  // 256 rows by up to 512 columns: a half for each of two threads
+  for (int64_t panels = 1; panels <= 200; ++panels) {
+    const int64_t groups = (panels + kGroup - 1) / kGroup;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t size = panels * (g + 1) / groups - panels * g / groups;
+      REQUIRE((size >= 1 && size <= kGroup));
+    }
+  }
+}
+
+TEST_CASE("vector tiles sum by FMA, the same bits on AVX2 and AVX-512") {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
@@ -268,9 +290,13 @@ TEST_CASE(
             REQUIRE(product_of(*kernels, a, b, add, false, threads) == c);
           for (int64_t i = 0; i < m; ++i)
             for (int64_t j = 0; j < n; ++j) {
-              float sum = add ? 3 : 0;
-              for (int64_t l = 0; l < k; ++l)
-                sum = std::fma(float(a.value(i, l)), float(b.value(j, l)), sum);
+              float sum = 0;
+              for (int64_t first = 0; first < k; first += kDepth) {
+                float part = 0;
+                for (int64_t l = first; l < std::min(k, first + kDepth); ++l)
+                  part = std::fma(float(a.value(i, l)), float(b.value(j, l)), part);
+                sum = first == 0 ? (add ? 3 + part : part) : sum + part;
+              }
               REQUIRE(bits_of(c[size_t(i * (n + 5) + j)]) == bits_of(sum));
             }
         }

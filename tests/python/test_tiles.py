@@ -10,7 +10,9 @@ import torch
 
 import halfstep as hs
 
-pytestmark = [pytest.mark.overrides, pytest.mark.skipif("large float16 products" not in hs._C.cpu_path(), reason="torch's products are as good here, or the tiles are hidden")]
+pytestmark = pytest.mark.overrides
+in_tiles = pytest.mark.skipif("large float16 products" not in hs._C.cpu_path(), reason="torch's products are as good here, or the tiles are hidden")
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 H = torch.ops.halfstep
 SIZES = [(64, 128, 256), (33, 1100, 70), (600, 65, 513), (257, 520, 1100)]
 
@@ -20,6 +22,7 @@ def integers(*shape):
     return torch.randint(-2047, 2048, shape).half()
 
 
+@in_tiles
 @pytest.mark.parametrize("m,n,k", SIZES)
 def test_every_bit_of_both_operands_counts(m, n, k):
     a, few = integers(m, k), torch.randint(-1, 2, (k, n)).half()
@@ -42,6 +45,7 @@ def test_every_bit_of_both_operands_counts(m, n, k):
     assert torch.equal(torch.baddbmm(matrix, batch, few.expand(3, k, n)), torch.stack([b.double() @ few.double() + matrix.double() for b in batch]).half())
 
 
+@in_tiles
 def test_in_place_out_of_itself_and_in_several_pieces_of_columns():
     a, few, matrix = integers(40, 8192), torch.randint(-1, 2, (8192, 1100)).half(), integers(40, 1100)
     a[:, 40:] = 0  # sums stay exact, and in the range
@@ -55,6 +59,7 @@ def test_in_place_out_of_itself_and_in_several_pieces_of_columns():
         assert torch.equal(matrix.clone()[None].baddbmm_(a[None], few[None], beta=beta, alpha=alpha)[0], exact)
 
 
+@in_tiles
 def test_weight_gradients_into_memory_of_any_layout():
     dz, x = integers(64, 128), torch.randint(-1, 2, (64, 256)).half()
     exact = dz.double().t() @ x.double()
@@ -67,6 +72,7 @@ def test_weight_gradients_into_memory_of_any_layout():
         H.linear_wgrad_(torch.zeros(128, 1).expand(128, 256), dz, x)
 
 
+@in_tiles
 def test_cross_entropy_of_a_layer():
     x, w, target = torch.randn(300, 130).half(), (torch.randn(1000, 130) / 11).half(), torch.randint(1000, (300,))
     ours, exact = [[t.clone().to(dtype).requires_grad_() for t in (x, w)] for dtype in (torch.float16, torch.float64)]
@@ -80,6 +86,7 @@ def test_cross_entropy_of_a_layer():
     assert dx[7].isnan().all() and dw.isnan().all() and dx[:7].isfinite().all()
 
 
+@in_tiles
 @pytest.mark.parametrize("family", ["normal", "subnormal", "large", "cancelling"])
 def test_the_error_is_that_of_an_fp32_product(family):
     a, b = torch.randn(300, 700), torch.randn(700, 200)
@@ -98,6 +105,7 @@ def test_the_error_is_that_of_an_fp32_product(family):
     assert error <= max(2 * stock, 2.0**-21)
 
 
+@in_tiles
 def test_infinities_and_nan_are_those_of_ieee():
     a, b = torch.randn(64, 300).half(), torch.randn(300, 128).half()
     a[3, 5], a[4, 6], b[7, 9], b[8, 10] = torch.inf, torch.nan, -torch.inf, torch.nan
@@ -111,6 +119,7 @@ def test_infinities_and_nan_are_those_of_ieee():
     assert wanted.isinf().any() and wanted.isfinite().any()
 
 
+@in_tiles
 def test_no_nan_is_lost_between_the_parts():
     """Rounding the bits of a NaN whose payload is all ones would make it a zero."""
     odd = torch.tensor([0x7FFF], dtype=torch.int16).view(torch.float16)
@@ -123,11 +132,13 @@ def test_no_nan_is_lost_between_the_parts():
     assert (x @ w.t())[3].isnan().all()
 
 
+@in_tiles
 def test_results_beyond_fp16_are_infinite():
     a = torch.full((64, 300), 60000.0).half()
     assert torch.equal(a @ a.t(), torch.full((64, 64), torch.inf).half())
 
 
+@in_tiles
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh"])
 def test_a_layer_with_its_gradients(activation):
     """dz is held to 16 bits or more there, so that a weight gradient in FP32 is far better than one of a dz in FP16."""
@@ -144,6 +155,7 @@ def test_a_layer_with_its_gradients(activation):
         assert (got.double() - wanted).norm() <= (2.0**-16 + rounding) * size.norm()
 
 
+@in_tiles
 def test_bits_do_not_depend_on_threads_or_on_other_rows():
     a, b = torch.randn(700, 1100).half(), torch.randn(1100, 600).half()
     threads = torch.get_num_threads()
@@ -159,6 +171,7 @@ def test_bits_do_not_depend_on_threads_or_on_other_rows():
     assert torch.equal(a[100:164] @ b, results[0][100:164]) and torch.equal(a @ b[:, 40:104], results[0][:, 40:104])
 
 
+@in_tiles
 def test_second_derivatives_and_compile():
     a, b = torch.randn(64, 256).half().requires_grad_(), torch.randn(256, 128).half().requires_grad_()
     product = torch.compile(lambda a, b: torch.nn.functional.linear(a, b.t()), fullgraph=True)
@@ -178,7 +191,7 @@ def path_with(**settings):
 
 @pytest.mark.parametrize("hidden", [{"HALFSTEP_TILES": "0"}, {"ATEN_CPU_CAPABILITY": "default"}, {"HALFSTEP_OVERRIDES": "0"}])
 def test_they_can_be_hidden(hidden):
-    assert "large float16 products" not in path_with(**hidden)
+    assert "large float16 products" not in path_with(**{"HALFSTEP_TILES": "1", **hidden})
 
 
 @pytest.mark.parametrize("hidden", [{"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, {"ATEN_CPU_CAPABILITY": "avx2"}])
@@ -186,6 +199,24 @@ def test_the_matrix_unit_can_be_hidden(hidden):
     assert "matrix unit" not in path_with(**hidden)
 
 
-def test_vector_tiles_can_be_asked_for_where_there_is_no_fp16_unit():
-    path = path_with(HALFSTEP_TILES="1", ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2")
-    assert "widened on the way into FP32 vector tiles" in path
+@pytest.mark.skipif("avx2" not in CPU, reason="no AVX2")
+def test_where_vector_tiles_are_taken():
+    no_unit = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    taken = "large float16 products: widened on the way into FP32 vector tiles"
+    assert taken in path_with(HALFSTEP_TILES="1", **no_unit)
+    assert (taken in path_with(HALFSTEP_TILES="", **no_unit)) == ("AuthenticAMD" in CPU)
+
+
+@in_tiles
+@pytest.mark.parametrize("rows", [4096, 65536])
+def test_a_gradient_that_is_added_up_keeps_what_is_small_beside_it(rows):
+    """Each term is less than half of a last place of the 1 it is added to; and one sum of 65,536 terms would lose a digit."""
+    into = torch.ones(128, 256)
+    H.linear_wgrad_(into, torch.full((rows, 128), 2.0**-13).half(), torch.full((rows, 256), 2.0**-12).half())
+    assert torch.equal(into, torch.full((128, 256), 1 + rows * 2.0**-25))
+    torch.manual_seed(0)
+    dz, x = torch.rand(rows, 64).half(), torch.rand(rows, 32).half()
+    into = torch.zeros(64, 32)
+    H.linear_wgrad_(into, dz, x)
+    exact = dz.double().t() @ x.double()
+    assert ((into.double() - exact).abs() / exact).max() < 1e-6

@@ -57,15 +57,13 @@ void rows(const ExtremeRows& work, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
+
 void extreme(const ExtremeRows& work, bool smallest, int64_t begin, int64_t end) {
   if (smallest)
     rows<true>(work, begin, end);
   else
     rows<false>(work, begin, end);
 }
-
-}  // namespace
-
-const ExtremeKernel kExtreme = extreme;
 
 }  // namespace halfstep::cpu::inline HALFSTEP_ISA

@@ -20,7 +20,7 @@ struct ExtremeRows {
 using ExtremeKernel = void (*)(const ExtremeRows& work, bool smallest, int64_t begin, int64_t end);
 
 inline namespace HALFSTEP_ISA {
-extern const ExtremeKernel kExtreme;
+void extreme(const ExtremeRows& work, bool smallest, int64_t begin, int64_t end);
 }
 
 }  // namespace halfstep::cpu

@@ -27,7 +27,7 @@ namespace {
 template <class V>
 using Scalar = typename Traits<V>::Scalar;
 
-/// Elements of a row of which two, with what belongs to them, fit in the first cache.
+/// FP16 elements of a row of which two, with all that belongs to them, fit in the first cache.
 constexpr int64_t kShortRow = 1024;
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }

@@ -7,7 +7,7 @@
 
 namespace halfstep::cpu::inline HALFSTEP_ISA {
 
-/// Null without AVX2.
-extern const TileKernels* const kVectorTiles;
+/// With AVX2.
+extern const TileKernels kVectorTiles;
 
 }  // namespace halfstep::cpu::inline HALFSTEP_ISA

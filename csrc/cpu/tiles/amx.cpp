@@ -101,7 +101,7 @@ template <bool kHalf, bool kInnerContiguous>
 void pack_panel(const TileMatrix& m, int64_t line, int64_t lines, int64_t inner, int64_t count,
                 bool is_b, char* panel) {
   constexpr int64_t kTile = kBlockBytes / 4;
-  for (int64_t k = 0; k < count; k += kBlock, panel += kBlockBytes)
+  for (int64_t k = 0; k < count; k += kTileBlock, panel += kBlockBytes)
     for (int64_t half = 0; half < 2; ++half) {
       char* const high = panel + half * kTile;
       char* const low = high + 2 * kTile;
@@ -178,28 +178,22 @@ void fetch_next(const char* a, const char* b) {
   }
 }
 
+/// `to`: where the result goes in the end, of which the next block is fetched.
 template <bool kExact>
 void multiply_panels(const char* a, const char* b, int64_t blocks, float* c, int64_t c_stride,
-                     bool add) {
+                     const float* to, int64_t to_stride) {
   constexpr int64_t kTile = kBlockBytes / 4;
-  constexpr int64_t kLines = 2 * kBlock;  // of 64 bytes, in a block of c
+  constexpr int64_t kLines = 2 * kTileBlock;  // of 64 bytes, in a block of c
   float* const below = c + 16 * c_stride;
   const int64_t stride = 4 * c_stride;
-  if (add) {
-    _tile_loadd(0, c, stride);
-    _tile_loadd(1, c + 16, stride);
-    _tile_loadd(2, below, stride);
-    _tile_loadd(3, below + 16, stride);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
   for (int64_t i = 0; i < blocks; ++i, a += kBlockBytes, b += kBlockBytes) {
     // The next block of c, for writing.
     for (int64_t l = kLines * i / blocks; l < kLines * (i + 1) / blocks; ++l)
-      __builtin_prefetch(c + l / 2 * c_stride + kBlock + l % 2 * 16, 1);
+      __builtin_prefetch(to + l / 2 * to_stride + kTileBlock + l % 2 * 16, 1);
     _tile_loadd(4, a, 64);  // high high
     _tile_loadd(5, a + kTile, 64);
     _tile_loadd(6, b, 64);
@@ -229,8 +223,18 @@ void multiply_panels(const char* a, const char* b, int64_t blocks, float* c, int
 
 void multiply(const char* a, const char* b, int64_t blocks, bool exact, float* c, int64_t c_stride,
               bool add) {
-  exact ? multiply_panels<true>(a, b, blocks, c, c_stride, add)
-        : multiply_panels<false>(a, b, blocks, c, c_stride, add);
+  alignas(64) float sum[kTileBlock * kTileBlock];
+  float* const into = add ? sum : c;
+  const int64_t stride = add ? kTileBlock : c_stride;
+  exact ? multiply_panels<true>(a, b, blocks, into, stride, c, c_stride)
+        : multiply_panels<false>(a, b, blocks, into, stride, c, c_stride);
+  if (!add) return;
+  for (int64_t r = 0; r < kTileBlock; ++r)
+    for (int64_t j = 0; j < kTileBlock; j += 16) {
+      float* const to = c + r * c_stride + j;
+      _mm512_storeu_ps(
+          to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_load_ps(sum + r * kTileBlock + j)));
+    }
 }
 
 }  // namespace

@@ -28,8 +28,8 @@ namespace halfstep::cpu {
 /// A block is 32 lines x 32 of the inner dimension, 4 bytes each. The matrix unit has it in four
 /// tiles of 16 lines: upper and lower half of the high parts, then of the low parts. A panel is
 /// blocks along the inner dimension.
-constexpr int64_t kBlock = 32;
-constexpr int64_t kBlockBytes = 2 * 2 * kBlock * kBlock;
+constexpr int64_t kTileBlock = 32;
+constexpr int64_t kBlockBytes = 2 * 2 * kTileBlock * kTileBlock;
 
 /// Lines of an operand (rows of a, columns of b) and what runs along each, the inner dimension.
 /// Strides in elements; one of them is 1. FP16 or FP32.
@@ -42,12 +42,13 @@ struct TileMatrix {
 struct TileKernels {
   /// Whether `count` halves are all finite; null where that does not matter.
   bool (*finite)(const void* halves, int64_t count);
-  /// `lines` of at most kBlock lines from `line` on, `count` of the inner dimension from `inner`
-  /// on, as the panel of operand a or b; what is missing in the last block is zero.
+  /// `lines` of at most kTileBlock lines from `line` on, `count` of the inner dimension from
+  /// `inner` on, as the panel of operand a or b; what is missing in the last block is zero.
   void (*pack)(const TileMatrix& matrix, int64_t line, int64_t lines, int64_t inner, int64_t count,
                bool is_b, char* panel);
-  /// c[32, 32] (+)= the product of two panels of `blocks` blocks. exact: with al bl. Between enter
-  /// and leave on the same thread.
+  /// c[32, 32] (+)= the product of two panels of `blocks` blocks, which is summed by itself first:
+  /// what c holds takes no digits from it. exact: with al bl. Between enter and leave on the same
+  /// thread.
   void (*multiply)(const char* a, const char* b, int64_t blocks, bool exact, float* c,
                    int64_t c_stride, bool add);
   void (*enter)();
