@@ -1,6 +1,7 @@
 #include "norm.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -109,7 +110,10 @@ void save(AutogradContext* context, size_t dims, const Tensor& x, const Optional
           const Tensor& mean, const Tensor& rstd) {
   context->save_for_backward({residual ? residual_out : x, weight.value_or(Tensor()),
                               bias.value_or(Tensor()), mean, rstd});
+  // Zeros in the place of gradients that mean and rstd never have took a third of a small backward.
+  context->set_materialize_grads(false);
   context->saved_data["dims"] = int64_t(dims);
+  context->saved_data["dtype"] = x.scalar_type();
   context->saved_data["has_residual"] = residual.has_value();
 }
 
@@ -123,6 +127,16 @@ Saved unpack(AutogradContext* context) {
           saved[4],
           sizes.slice(sizes.size() - size_t(context->saved_data["dims"].toInt())),
           context->saved_data["has_residual"].toBool()};
+}
+
+/// What x, normalized_shape, weight, bias (or eps), … and residual get where y has no gradient:
+/// that of x + residual, if there is one.
+variable_list without_grad_y(AutogradContext* context, const Tensor& grad_residual_out) {
+  variable_list grads(6);
+  if (!grad_residual_out.defined()) return grads;
+  grads[0] = grad_residual_out.to(context->saved_data["dtype"].toScalarType());
+  grads[5] = grad_residual_out;
+  return grads;
 }
 
 /// Which of the two gradients of x + residual the op forms: one serves both where the dtypes agree.
@@ -153,16 +167,17 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
     return {y, residual_out, mean, rstd};
   }
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    if (!grads[0].defined()) return without_grad_y(context, grads[1]);
     const Saved s = unpack(context);
+    const OptionalTensor grad_residual_out = s.has_residual ? given(grads[1]) : std::nullopt;
     const Wanted wanted(context->needs_input_grad(0),
                         s.has_residual && context->needs_input_grad(kResidual(s)), grads[0],
                         s.input);
     const std::array<bool, 4> mask = {
         wanted.grad_x, wanted.grad_residual, s.weight && context->needs_input_grad(1),
         s.bias && context->needs_input_grad(1 + s.weight.has_value())};
-    auto [dx, dresidual, dweight, dbias] =
-        call_layer_norm_backward(grads[0], s.has_residual ? OptionalTensor(grads[1]) : std::nullopt,
-                                 s.input, s.shape, s.weight, s.bias, *s.mean, s.rstd, mask);
+    auto [dx, dresidual, dweight, dbias] = call_layer_norm_backward(
+        grads[0], grad_residual_out, s.input, s.shape, s.weight, s.bias, *s.mean, s.rstd, mask);
     return {wanted.of_x(dx),
             Tensor(),
             mask[2] ? dweight : Tensor(),
@@ -191,16 +206,18 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     return {y, residual_out, rstd};
   }
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    if (!grads[0].defined()) return without_grad_y(context, grads[1]);
     const Saved s = unpack(context);
+    const OptionalTensor grad_residual_out = s.has_residual ? given(grads[1]) : std::nullopt;
     const Wanted wanted(
         context->needs_input_grad(0),
         s.has_residual && context->needs_input_grad(1 + size_t(s.weight.has_value())), grads[0],
         s.input);
     const std::array<bool, 3> mask = {wanted.grad_x, wanted.grad_residual,
                                       s.weight && context->needs_input_grad(1)};
-    auto [dx, dresidual, dweight] = call_rms_norm_backward(
-        grads[0], s.has_residual ? OptionalTensor(grads[1]) : std::nullopt, s.input, s.shape,
-        s.weight, context->saved_data["weight_offset"].toDouble(), s.rstd, mask);
+    auto [dx, dresidual, dweight] =
+        call_rms_norm_backward(grads[0], grad_residual_out, s.input, s.shape, s.weight,
+                               context->saved_data["weight_offset"].toDouble(), s.rstd, mask);
     return {wanted.of_x(dx), Tensor(), mask[2] ? dweight : Tensor(),
             Tensor(),        Tensor(), wanted.of_residual(dx, dresidual)};
   }

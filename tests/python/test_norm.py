@@ -163,6 +163,7 @@ def test_a_residual_stream_keeps_its_dtype_and_gets_its_gradient(kind, dtype, re
         check_close(kind, inputs, upstream, residual_dtype)
     # Only one of the two outputs is used, only one of the two inputs wants a gradient.
     check_close(kind, inputs, [upstream[0], None], residual_dtype)
+    check_close(kind, inputs, [None, upstream[1]], residual_dtype)
     function = functions(kind, residual_dtype=residual_dtype)[0]
     full = run(function, inputs, upstream)[1]
     for wanted in (0, 1, 2):
