@@ -49,20 +49,23 @@ HALFSTEP_FN void with_dtype(Dtype dtype, const Body& body) {
   }
 }
 
-template <class T>
+template <class V>
 void fill_parameters(const void* from, Dtype dtype, double offset, double otherwise, int64_t count,
-                     T* to) {
-  for (int64_t i = 0; i < count; ++i)
-    to[i] = from ? load_scalar<T>(from, dtype, i) + T(offset) : T(otherwise);
-  for (int64_t i = count; i < padded(count); ++i) to[i] = 0;
+                     Scalar<V>* to) {
+  using T = Scalar<V>;
+  int64_t i = 0;
+  for (; from && i + kLanes <= count; i += kLanes)
+    store_lanes(to + i, load_any<V>(from, dtype, i) + broadcast<V>(T(offset)));
+  for (; i < count; ++i) to[i] = from ? load_scalar<T>(from, dtype, i) + T(offset) : T(otherwise);
+  for (; i < padded(count); ++i) to[i] = 0;
 }
 
 void parameters(const void* from, Dtype dtype, double offset, double otherwise, int64_t count,
                 bool wide, void* to) {
   if (wide)
-    fill_parameters(from, dtype, offset, otherwise, count, static_cast<double*>(to));
+    fill_parameters<F64>(from, dtype, offset, otherwise, count, static_cast<double*>(to));
   else
-    fill_parameters(from, dtype, offset, otherwise, count, static_cast<float*>(to));
+    fill_parameters<F32>(from, dtype, offset, otherwise, count, static_cast<float*>(to));
 }
 
 const char* start_of(const void* data, int64_t bytes) {
