@@ -2,8 +2,8 @@
 #
 # HALFSTEP_CUDA_ARCHITECTURES: "release" for every card that this toolkit and we support, "majors" to see in
 # half the time that they compile (PTX of the oldest, assembled for one card each of five major versions), "native"
-# for the cards present, or a list as CMAKE_CUDA_ARCHITECTURES takes it. Default: native where there is a card, else three generations and PTX
-# for later ones.
+# for the cards present, or a list as CMAKE_CUDA_ARCHITECTURES takes it. Default: native where there is a card,
+# else three generations and PTX for later ones.
 set(generate_code "")
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(architectures "${HALFSTEP_CUDA_ARCHITECTURES}")

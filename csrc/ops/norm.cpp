@@ -1,7 +1,6 @@
 #include "norm.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 

@@ -71,6 +71,9 @@ void parameters(const void* from, Dtype dtype, double offset, double otherwise, 
 const char* start_of(const void* data, int64_t bytes) {
   return data ? static_cast<const char*>(data) + bytes : nullptr;
 }
+char* start_of(void* data, int64_t bytes) {
+  return data ? static_cast<char*>(data) + bytes : nullptr;
+}
 
 struct RowSums {
   double sum, squares;
@@ -161,7 +164,7 @@ void forward_rows(const NormForward& work, int64_t begin, int64_t end) {
   const bool centred = work.mean;
   const auto* weight = static_cast<const T*>(work.weight);
   const auto* bias = static_cast<const T*>(work.bias);
-  const auto row_of = [&](const void* data, int64_t row, int64_t size) {
+  const auto row_of = [&](auto* data, int64_t row, int64_t size) {
     return start_of(data, row * n * size);
   };
   // What y is formed of.
@@ -189,7 +192,7 @@ void forward_rows(const NormForward& work, int64_t begin, int64_t end) {
         return value;
       } else {
         const char* residual = row_of(work.residual, row, R::size);
-        char* out = const_cast<char*>(row_of(work.residual_out, row, R::size));
+        char* out = row_of(work.residual_out, row, R::size);
         fetch(residual, (n + i) * R::size);
         R::store(out, i, value + R::load(residual, i, lanes), lanes);
         return R::load(out, i, lanes);
@@ -201,7 +204,7 @@ void forward_rows(const NormForward& work, int64_t begin, int64_t end) {
     const NormRow<T> r = moments[which];
     if (centred) static_cast<T*>(work.mean)[row] = T(double(r.mean) + double(r.rest));
     static_cast<T*>(work.rstd)[row] = r.rstd;
-    char* y = const_cast<char*>(row_of(work.y, row, X::size));
+    char* y = row_of(work.y, row, X::size);
     const auto x = again(row);
     for_each_pack(
         n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
@@ -251,7 +254,7 @@ void backward_rows(const NormBackward& work, int64_t begin, int64_t end, double*
   }
   T* const weight_sum = sums ? scratch : nullptr;
   T* const bias_sum = sums && work.mean ? scratch + width : nullptr;
-  const auto row_of = [&](const void* data, int64_t row, int64_t size) {
+  const auto row_of = [&](auto* data, int64_t row, int64_t size) {
     return start_of(data, row * n * size);
   };
   const auto mean_of = [&](int64_t row) {
@@ -283,8 +286,8 @@ void backward_rows(const NormBackward& work, int64_t begin, int64_t end, double*
     const NormSlope<T> slope = slopes[which];
     const char *grad = row_of(work.grad_y, row, G::size), *x = row_of(work.input, row, X::size);
     const char* residual = row_of(work.grad_residual, row, X::size);
-    char* grad_x = const_cast<char*>(row_of(work.grad_x, row, G::size));
-    char* grad_input = const_cast<char*>(row_of(work.grad_input, row, X::size));
+    char* grad_x = row_of(work.grad_x, row, G::size);
+    char* grad_input = row_of(work.grad_input, row, X::size);
     for_each_pack(
         n, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
           const V dy = G::load(grad, i, lanes);

@@ -29,8 +29,8 @@ HALFSTEP_FN void transpose_lanes(F32 (&r)[kLanes]) {
   transpose_registers(x);
   for (int i = 0; i < kLanes; ++i) r[i].piece[0] = _mm512_castsi512_ps(x[i]);
 #else
-  for (int half = 0; half < 2;
-       ++half) {  // lines 0 to 7 in a result's first half, 8 to 15 in its second
+  // Lines 0 to 7 become the first half of a result, 8 to 15 the second.
+  for (int half = 0; half < 2; ++half) {
     __m256 x[8], y[8];
     for (int i = 0; i < 8; ++i) {
       x[i] = r[8 * half + i].piece[0];
