@@ -182,12 +182,21 @@ struct AdamRule {
     return c;
   }
 
+  /// Whether a step has none of the rarer terms, and what tells the compiler so.
+  HALFSTEP_FN static bool is_common(const Constants& c) {
+    return !c.amsgrad && !c.adds_l2 && !c.adds_decay;
+  }
+  HALFSTEP_FN static void assume_common(Constants& c) {
+    c.amsgrad = c.adds_l2 = c.adds_decay = false;
+  }
+
   /// s: m, v and, with amsgrad, the largest v so far.
   template <class V, int kKept = kStates>
   HALFSTEP_FN static void update(const Constants& c, V g, V& p, V* s) {
     // Ahead of the branches, so that a loop converts them once.
     const V l2 = constant<V>(c.l2), decay = constant<V>(c.decay);
     const V update_decay = constant<V>(c.update_decay), step_size = constant<V>(c.step_size);
+    const V descent = constant<V>(-c.step_size);
     g = g * constant<V>(c.multiplier);
     if (c.adds_l2) g = fma(l2, p, g);
     s[0] = fma(constant<V>(c.blend1), g - s[0], s[0]);
@@ -202,7 +211,7 @@ struct AdamRule {
     if (c.adds_decay)
       p = p - fma(step_size, update, update_decay * p);
     else
-      p = fma(constant<V>(-c.step_size), update, p * decay);
+      p = fma(descent, update, p * decay);
   }
 };
 

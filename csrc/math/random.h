@@ -52,11 +52,22 @@ HALFSTEP_FN U state_dice(int s, U bits) {
   return s % 2 == 0 ? bits & broadcast<U>(0xffffu) : bits >> 16;
 }
 
-/// The 16 bits that round int8 state s of element i. Elements 64 apart in a block share a hash
-/// crosswise: what rounds the even state of one rounds the odd state of the other.
+/// `bits` turned left by `bytes` bytes.
+template <class U>
+HALFSTEP_FN U turn_bytes(U bits, int bytes) {
+  return bytes == 0 ? bits : bits << 8 * bytes | bits >> (32 - 8 * bytes);
+}
+
+/// By how many bytes the hash of element i of a block is turned for state s. Four elements of a
+/// block share a hash. Another byte leads each of the four numbers that its turns begin with; each
+/// number serves two elements, 64 apart, an even state of the one and an odd state of the other.
+HALFSTEP_FN constexpr int block_turn(int s, int64_t i) {
+  return int(i >> 5 & 3) ^ (s % 2 == 0 ? 0 : 2);
+}
+/// What rounds int8 state s of element i: its low 15 bits.
 template <class U>
 HALFSTEP_FN U block_dice(int s, uint32_t base, int64_t i) {
-  return state_dice(s ^ int(i >> 6 & 1), random_bits<U>(base, i & ~int64_t{64}));
+  return turn_bytes(random_bits<U>(base, i & ~int64_t{96}), block_turn(s, i));
 }
 
 /// The magnitude of `magnitude`, which is not negative, with the sign of x.

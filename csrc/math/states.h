@@ -9,7 +9,7 @@
 //     (second moments): sqrt(x) as code * 2^e with codes 0 … 254, never 0 where x > 0; 255 is
 //     non-finite. Rounded at random: with nearest rounding 0.999 * 127 is 127 again and v never
 //     decays, and a v that rounds to 0 beside an m that does not divides by eps alone. Counted in
-//     2^-16 of a code, a random 16-bit number added, the upper bits kept.
+//     2^-15 of a code, a random 15-bit number added, the upper bits kept.
 //   split8   the int16 remainder of split16 rounded to its upper byte: the weight to about 8 bits
 //     more than its 16-bit dtype has.
 //   kahan    the rounding error of the weight in the weight's own dtype.
@@ -28,7 +28,7 @@ enum class StateKind : int32_t {
 
 /// Elements under one scale of an int8 state.
 constexpr int64_t kStateBlock = 128;
-/// Exponent of a block without a non-zero element. 2^-e times 2^16 is a normal number down to it.
+/// Exponent of a block without a non-zero element. 2^-e times 2^15 is a normal number down to it.
 constexpr int kLowestExponent = -110;
 
 }  // namespace halfstep::math
@@ -63,18 +63,39 @@ HALFSTEP_FN auto size_bits(V y) {
   return select(is_finite(y), to_bits(abs(y)), broadcast<I>(0));
 }
 
-/// The code of y = coded_value(x) under scale 2^exponent, which holds it; `dice` are 16 random
-/// bits. kFinite: there is no non-finite y.
-template <bool kSigned, bool kFinite = false, class V, class U>
+/// Random bits that round a code.
+constexpr int kDiceBits = 15;
+/// 2^23, or 1.5 * 2^23 where a code has a sign: a number of up to 23 bits added to it is the
+/// integer in its low bits.
+template <bool kSigned>
+constexpr int32_t kCodeZero = kSigned ? 0x4b400000 : 0x4b000000;
+
+/// In its low byte the code of y = coded_value(x) under scale 2^exponent, which holds it, plus 128
+/// where it has a sign; above it 0x96. `dice`: kDiceBits random bits below others. kPositive: no y
+/// is 0.
+template <bool kSigned, bool kPositive = false, class V, class U>
+HALFSTEP_FN auto code_above(V y, int exponent, U dice) {
+  using I = decltype(to_bits(y));
+  const I offset = join_bits(as_signed(dice), (1 << kDiceBits) - 1, kCodeZero<kSigned>);
+  const V sum = fma(y, broadcast<V>(power_of_two(kDiceBits - exponent)), from_bits(offset));
+  I code = to_bits(sum) >> kDiceBits;
+  if constexpr (!kSigned) {  // 1 at least, unless y is 0
+    constexpr int32_t kZero = kCodeZero<false>, kOne = (kZero >> kDiceBits) + 1;
+    if constexpr (kPositive)
+      code = max(code, broadcast<I>(kOne));
+    else
+      code = max(code, min(to_bits(y), broadcast<I>(kOne)));
+  }
+  return code;
+}
+/// The code itself, of any y.
+template <bool kSigned, class V, class U>
 HALFSTEP_FN auto encode_state(V y, int exponent, U dice) {
   using I = decltype(to_bits(y));
-  const V size = kFinite ? y : select(is_finite(y), y, broadcast<V>(0.0f));
-  I code = round_to_int(size * broadcast<V>(power_of_two(16 - exponent))) + as_signed(dice);
-  code = code >> 16;
-  if constexpr (!kSigned) {
-    code = max(code, min(to_bits(y), broadcast<I>(1)));  // 1 at least, unless y is 0
-  }
-  return kFinite ? code : select(is_finite(y), code, broadcast<I>(kSigned ? -128 : 255));
+  const V size = select(is_finite(y), y, broadcast<V>(0.0f));
+  const I code = (code_above<kSigned>(size, exponent, dice) & broadcast<I>(0xff)) -
+                 broadcast<I>(kSigned ? 128 : 0);
+  return select(is_finite(y), code, broadcast<I>(kSigned ? -128 : 255));
 }
 
 /// `code` as loaded: a signed one sign-extended from 8 bits, the other zero-extended. kFinite: no

@@ -31,6 +31,7 @@ HALFSTEP_FN int32_t select(bool mask, int32_t a, int32_t b) { return mask ? a : 
 /// The larger (smaller) of x and a bound that is no NaN; a NaN x stays.
 HALFSTEP_FN float at_least(float x, float bound) { return bound >= x ? bound : x; }
 HALFSTEP_FN float at_most(float x, float bound) { return x >= bound ? bound : x; }
+HALFSTEP_FN int32_t join_bits(int32_t a, int32_t mask, int32_t rest) { return (a & mask) | rest; }
 HALFSTEP_FN int32_t max(int32_t a, int32_t b) { return a >= b ? a : b; }
 HALFSTEP_FN int32_t min(int32_t a, int32_t b) { return b >= a ? a : b; }
 HALFSTEP_FN int32_t to_bits(float a) { return bit_cast<int32_t>(a); }
@@ -258,6 +259,15 @@ HALFSTEP_FN U index_lanes(uint32_t i) {
     return broadcast<U>(i) + load_lanes(kFromZero);
   }
 }
+/// (a & mask) | rest.
+HALFSTEP_FN I32 join_bits(const I32& a, int32_t mask, int32_t rest) {
+#if defined(__AVX512F__)
+  return {(I32::Native)_mm512_ternarylogic_epi32((__m512i)a.piece[0], _mm512_set1_epi32(mask),
+                                                 _mm512_set1_epi32(rest), (0xf0 & 0xcc) | 0xaa)};
+#else
+  return (a & broadcast<I32>(mask)) | broadcast<I32>(rest);
+#endif
+}
 HALFSTEP_FN F32 abs(const F32& a) { return from_bits(to_bits(a) & broadcast<I32>(0x7fffffff)); }
 HALFSTEP_FN F64 abs(const F64& a) {
   return from_bits(to_bits(a) & broadcast<I64>(0x7fffffffffffffff));
@@ -266,6 +276,9 @@ HALFSTEP_FN F64 abs(const F64& a) {
 /// Whether every lane is below `limit` in magnitude; NaN is not.
 HALFSTEP_FN bool all_below(const F32& a, float limit) {
 #if defined(__AVX512F__)
+  // Without bit 30 of its bits, |x| is below 2.
+  const __m512i two = _mm512_set1_epi32(0x40000000);
+  if (limit >= 2 && _mm512_test_epi32_mask((__m512i)a.piece[0], two) == 0) return true;
   const __m512 bound = _mm512_set1_ps(limit);
   return _mm512_cmp_ps_mask(abs(a).piece[0], bound, _CMP_NLT_UQ) == 0;
 #else
@@ -275,6 +288,15 @@ HALFSTEP_FN bool all_below(const F32& a, float limit) {
   for (int k = 1; k < F32::kPieces; ++k) all &= size.piece[k] < bound;
   return !any(__builtin_bit_cast(Pack<int64_t>::Native, ~all));
 #endif
+}
+/// The same of `count` numbers, a multiple of kLanes.
+HALFSTEP_FN bool all_below(const float* from, int64_t count, float limit) {
+  I32 bits = broadcast<I32>(0);
+  for (int64_t i = 0; i < count; i += kLanes) bits = bits | to_bits(load_lanes(from + i));
+  if (limit >= 2 && !any(bits & broadcast<I32>(0x40000000))) return true;
+  bool all = true;
+  for (int64_t i = 0; i < count; i += kLanes) all &= all_below(load_lanes(from + i), limit);
+  return all;
 }
 HALFSTEP_FN bool all_below(const F64& a, double limit) {
   I64 beyond;
@@ -434,6 +456,18 @@ HALFSTEP_FN U32 max(const U32& a, const U32& b) {
   return select(a >= b, a, b);
 #endif
 }
+HALFSTEP_FN U32 min(const U32& a, const U32& b) {
+#if defined(__AVX512F__)
+  return {(U32::Native)_mm512_min_epu32((__m512i)a.piece[0], (__m512i)b.piece[0])};
+#elif defined(__AVX2__)
+  U32 r;
+  for (int k = 0; k < U32::kPieces; ++k)
+    r.piece[k] = (U32::Native)_mm256_min_epu32((__m256i)a.piece[k], (__m256i)b.piece[k]);
+  return r;
+#else
+  return select(b >= a, a, b);
+#endif
+}
 namespace detail {
 
 /// Lane i + kStep in lane i.
@@ -557,6 +591,23 @@ HALFSTEP_FN void store_int16(int16_t* to, const I32& a) {
   for (int i = 0; i < kLanes; ++i) to[i] = int16_t(lanes[i]);
 #endif
 }
+/// Two packs of numbers that 16 bits hold.
+HALFSTEP_FN void store_int16(int16_t* to, const I32& a, const I32& b) {
+#if defined(__AVX512F__)
+  const __m512i words = _mm512_packs_epi32((__m512i)a.piece[0], (__m512i)b.piece[0]);
+  const __m512i order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi64(order, words));
+#elif defined(__AVX2__)
+  for (int k = 0; k < 2; ++k) {
+    const I32& x = k == 0 ? a : b;
+    const __m256i words = _mm256_packs_epi32((__m256i)x.piece[0], (__m256i)x.piece[1]);
+    _mm256_storeu_si256((__m256i*)(to + k * kLanes), _mm256_permute4x64_epi64(words, 0xd8));
+  }
+#else
+  store_int16(to, a);
+  store_int16(to + kLanes, b);
+#endif
+}
 HALFSTEP_FN F32 load_bfloat(const uint16_t* from) {
   return from_bits(load_int16((const int16_t*)from) << 16);
 }
@@ -613,30 +664,32 @@ HALFSTEP_FN void store_int8(int8_t* to, const I32& a) {
   for (int i = 0; i < kLanes; ++i) to[i] = int8_t(lanes[i]);
 #endif
 }
-/// Sixty-four codes in [-128, 127], or in [0, 255] where not signed.
-template <bool kSigned>
-HALFSTEP_FN void store_codes(int8_t* to, const I32 (&a)[4]) {
+/// The low bytes of 64 lanes, each the low 16 bits of its lane, with the bits of `flip` turned
+/// over.
+HALFSTEP_FN void store_low_bytes(int8_t* to, const I32 (&a)[4], uint8_t flip) {
 #if defined(__AVX512F__)
-  // Packing works within 128-bit parts: dword 4 * part + vector holds four codes of its vector.
+  // Packing works within 128-bit parts: dword 4 * part + vector holds four bytes of its vector.
+  const __m512i low = _mm512_set1_epi16(0xff), turned = _mm512_set1_epi16(flip);
   const auto words = [&](int k) {
-    return _mm512_packs_epi32((__m512i)a[k].piece[0], (__m512i)a[k + 1].piece[0]);
+    const __m512i x = _mm512_packus_epi32((__m512i)a[k].piece[0], (__m512i)a[k + 1].piece[0]);
+    return _mm512_ternarylogic_epi32(x, low, turned, (0xf0 & 0xcc) ^ 0xaa);
   };
-  const __m512i bytes =
-      kSigned ? _mm512_packs_epi16(words(0), words(2)) : _mm512_packus_epi16(words(0), words(2));
+  const __m512i bytes = _mm512_packus_epi16(words(0), words(2));
   const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, bytes));
 #elif defined(__AVX2__)
+  const __m256i low = _mm256_set1_epi16(0xff), turned = _mm256_set1_epi16(flip);
   const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
   for (int k = 0; k < 4; k += 2) {
     const auto words = [&](int v) {
-      return _mm256_packs_epi32((__m256i)a[v].piece[0], (__m256i)a[v].piece[1]);
+      const __m256i x = _mm256_packus_epi32((__m256i)a[v].piece[0], (__m256i)a[v].piece[1]);
+      return _mm256_xor_si256(_mm256_and_si256(x, low), turned);
     };
-    const __m256i bytes = kSigned ? _mm256_packs_epi16(words(k), words(k + 1))
-                                  : _mm256_packus_epi16(words(k), words(k + 1));
+    const __m256i bytes = _mm256_packus_epi16(words(k), words(k + 1));
     _mm256_storeu_si256((__m256i*)(to + k * kLanes), _mm256_permutevar8x32_epi32(bytes, order));
   }
 #else
-  for (int k = 0; k < 4; ++k) store_int8(to + k * kLanes, a[k]);
+  for (int k = 0; k < 4; ++k) store_int8(to + k * kLanes, a[k] ^ broadcast<I32>(flip));
 #endif
 }
 /// Whether one of 64 bytes is `value`.

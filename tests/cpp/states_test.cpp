@@ -61,16 +61,26 @@ TEST_CASE("bits at random are even, and those of different uses agree half of th
   CHECK(worst_bias(halves) < 5);
 }
 
-TEST_CASE("two elements of an int8 block share a hash crosswise", "[math]") {
+TEST_CASE("four elements of an int8 block share a hash, each with another byte ahead", "[math]") {
   const uint32_t base = random_base(random_key(5, 1, 0), 1, 0);
+  const auto word = [&](int s, int64_t i) { return block_dice<uint32_t>(s, base, i); };
+  const auto dice = [&](int s, int64_t i) { return word(s, i) & 0xffff; };
   std::vector<uint32_t> apart;
   for (int64_t i = 0; i < kCount; ++i) {
-    const auto dice = [&](int s, int64_t at) { return block_dice<uint32_t>(s, base, at); };
-    CHECK(dice(0, i) == dice(1, i ^ 64));
+    if (i % 128 < 32) {
+      const uint32_t hash = random_bits<uint32_t>(base, i);
+      CHECK(word(0, i) == hash);
+      CHECK(word(0, i + 32) == (hash << 8 | hash >> 24));
+      CHECK(word(0, i + 64) == (hash << 16 | hash >> 16));
+      CHECK(word(0, i + 96) == (hash << 24 | hash >> 8));
+    }
+    CHECK(word(0, i) == word(1, i ^ 64));
+    CHECK(word(2, i) == word(0, i));  // another base
     apart.push_back(dice(0, i) << 16 | dice(1, i));
   }
   CHECK(worst_bias(apart) < 5);
-  for (const size_t shift : {1, 16, 128}) CHECK(worst_bias(exclusive_or(apart, apart, shift)) < 5);
+  for (const size_t shift : {1, 16, 32, 64, 96, 128})
+    CHECK(worst_bias(exclusive_or(apart, apart, shift)) < 5);
   for (uint32_t& word : apart) word = (word >> 16 ^ (word & 0xffff)) * 0x10001u;
   CHECK(worst_bias(apart) < 5);  // the two states of an element
 }

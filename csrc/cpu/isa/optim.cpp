@@ -46,6 +46,17 @@ HALFSTEP_FN void zero_lanes(char* grad, Dtype dtype, int64_t i) {
     __builtin_memcpy(grad + i * size + byte, &zero, 32);
 }
 
+/// What goes with a new weight p.
+template <class C, class V>
+HALFSTEP_FN void finish_step(const StepTensor& t, const C& c, char* const* data, int64_t i,
+                             const V& p) {
+  if (c.zero_grads) zero_lanes(data[kGrad], t.grad_dtype, i);
+  if (t.ema) {
+    const V ema = load_wide<V>(data[kEma], i);
+    store_wide(data[kEma], i, fma(constant<V>(c.ema_blend), p - ema, ema));
+  }
+}
+
 /// The new weight p of sixteen elements is written, and what goes with it. `take_back(lanes, p)`
 /// puts the old weight and states into the lanes that would leave the range of 16 bits.
 template <class C, class S, class TakeBack>
@@ -60,16 +71,37 @@ HALFSTEP_FN int64_t store_step(const StepTensor& t, const C& c, const S& slot, c
     kept = count(leaves);
     take_back(leaves, p);
   }
-  if (c.zero_grads) zero_lanes(data[kGrad], t.grad_dtype, i);
   if (__builtin_expect(stays, 1))
     slot.template store<true>(data[kParam], data[kMaster], i, p, element);
   else
     slot.store(data[kParam], data[kMaster], i, p, element);
-  if (t.ema) {
-    const V ema = load_wide<V>(data[kEma], i);
-    store_wide(data[kEma], i, fma(constant<V>(c.ema_blend), p - ema, ema));
-  }
+  finish_step(t, c, data, i, p);
   return kept;
+}
+
+/// What most steps are, for which the loops are compiled without branches: the gradient has the
+/// parameter's dtype and stays, there is no EMA, and the rule has no rarer term.
+template <class R, class S>
+HALFSTEP_FN bool is_common(const StepTensor& t, const typename R::Constants& c) {
+  if constexpr (!S::kAny && requires { R::is_common(c); })
+    return t.grad_dtype == S::kDtype && !t.ema && !c.zero_grads && R::is_common(c);
+  else
+    return false;
+}
+/// body(whether it is as most are).
+template <class R, class S, class Body>
+int64_t if_common(const StepTensor& t, const typename R::Constants& c, const Body& body) {
+  if constexpr (!S::kAny && requires { R::is_common(c); })
+    if (is_common<R, S>(t, c)) return body(std::true_type());
+  return body(std::false_type());
+}
+/// Tells the compiler what is_common() has found.
+template <class R, class S>
+HALFSTEP_FN void assume_common(StepTensor& t, typename R::Constants& c) {
+  t.grad_dtype = S::kDtype;
+  t.ema = nullptr;
+  c.zero_grads = false;
+  R::assume_common(c);
 }
 
 template <class R, int kStates, StateKind kHeld, class S>
@@ -111,72 +143,161 @@ int64_t step_pass(const StepTensor& tensor, const typename R::Constants& constan
       });
 }
 
+/// body(j) for j = 0, kStride, … in an int8 block; kUnrolled: of constants.
+template <bool kUnrolled, int64_t kStride, class Body>
+HALFSTEP_FN void each_group(const Body& body) {
+  if constexpr (kUnrolled)
+    unrolled<kStateBlock / kStride>([&](auto group) __attribute__((always_inline)) {
+      body(std::integral_constant<int64_t, group * kStride>());
+    });
+  else
+    for (int64_t j = 0; j < kStateBlock; j += kStride) body(j);
+}
+
+/// A block of int8 states on its way: what was read of it and what is to be stored.
+template <int kStates>
+struct StateBlock {
+  char* data[kState + kStates];  ///< of its arrays
+  int64_t element;               ///< its first, in the tensor
+  int64_t count;                 ///< elements that exist
+  int8_t* exponents[kStates];
+  alignas(64) float weights[kStateBlock];
+  alignas(64) float states[kStates][kStateBlock];  ///< coded_value()
+  Block scale[kStates];
+};
+
+/// kClean: no code stands for a non-finite value.
+template <class R, int kStates, bool kCommon, bool kClean, class S>
+HALFSTEP_FN void update_block(const StepTensor& t, const typename R::Constants& c, const S& slot,
+                              StateBlock<kStates>& b) {
+  int exponents[kStates];
+  for (int k = 0; k < kStates; ++k) exponents[k] = *b.exponents[k];
+  each_group<kCommon, kLanes>([&](auto j) __attribute__((always_inline)) {
+    F32 p = slot.load(b.data[kParam], b.data[kMaster], j), s[R::kStates];
+    for (F32& unused : s) unused = constant<F32>(0);
+    unrolled<kStates>([&](auto k) __attribute__((always_inline)) {
+      s[k] = load_coded<R::is_signed(k), kClean>(b.data[kState + k], j, exponents[k]);
+    });
+    R::template update<F32, kStates>(c, load_any<F32>(b.data[kGrad], t.grad_dtype, j), p, s);
+    store_lanes(b.weights + j, p);
+    unrolled<kStates>([&](auto k) __attribute__((always_inline)) {
+      store_lanes(b.states[k] + j, coded_value<R::is_signed(k)>(s[k]));
+    });
+  });
+}
+
+/// The scales of an updated block, and whether it is plain: everything is finite and no weight
+/// leaves the range of 16 bits.
+template <class R, int kStates, class S>
+HALFSTEP_FN bool scale_block(const S& slot, StateBlock<kStates>& b) {
+  bool plain = !slot.sixteen() || all_below(b.weights, kStateBlock, slot.limit());
+  unrolled<kStates>([&](auto k) __attribute__((always_inline)) {
+    b.scale[k] = scale_of<R::is_signed(k)>(b.states[k]);
+    plain &= b.scale[k].finite;
+  });
+  return plain;
+}
+
+/// Codes and scales of a block's states; `base[k]`: random_base of state k.
+template <class R, int kStates, bool kFinite>
+HALFSTEP_FN void store_states(const uint32_t* base, const StateBlock<kStates>& b) {
+  BlockBits bits;
+  unrolled<kStates>([&](auto k) __attribute__((always_inline)) {
+    if constexpr (k % 2 == 0) fill_bits(bits, base[k], b.element);
+    *b.exponents[k] = int8_t(b.scale[k].exponent);
+    encode_block<R::is_signed(k), k, kFinite>(b.states[k], bits, b.scale[k],
+                                              reinterpret_cast<int8_t*>(b.data[kState + k]));
+  });
+}
+
+/// Stores any updated block; returns how many of its weights were kept from leaving their range.
+template <class R, int kStates, class S>
+[[gnu::noinline]] int64_t store_any_block(const StepTensor& t, const typename R::Constants& c,
+                                          const S& slot, const uint32_t* base,
+                                          StateBlock<kStates>& b) {
+  int64_t kept = 0;
+  for (int64_t j = 0; j < kStateBlock; j += kLanes)
+    kept += store_step(t, c, slot, b.data, j, b.element + j, load_lanes(b.weights + j),
+                       [&](const auto& leaves, F32& weight) {
+                         keep(leaves, weight, slot.load(b.data[kParam], b.data[kMaster], j));
+                         unrolled<kStates>([&](auto k) {
+                           constexpr bool kSigned = R::is_signed(k);
+                           F32 coded = load_lanes(b.states[k] + j);
+                           const F32 old =
+                               load_coded<kSigned>(b.data[kState + k], j, *b.exponents[k]);
+                           keep(leaves, coded, coded_value<kSigned>(old));
+                           store_lanes(b.states[k] + j, coded);
+                         });
+                       });
+  for (auto& values : b.states)
+    for (int64_t j = b.count; j < kStateBlock; ++j) values[j] = 0;
+  scale_block<R>(slot, b);  // anew: states were taken back
+  store_states<R, kStates, false>(base, b);
+  return kept;
+}
+
+template <class R, int kStates, class S>
+[[gnu::noinline]] int64_t any_block(const StepTensor& t, const typename R::Constants& c,
+                                    const S& slot, const uint32_t* base, StateBlock<kStates>& b) {
+  update_block<R, kStates, false, false>(t, c, slot, b);
+  return store_any_block<R>(t, c, slot, base, b);
+}
+
 /// int8 states: a block's scale is known only once all of it is updated. One loop after the other
 /// updates a block, writes its weights and codes its states; what they hand on stays in the first
-/// cache. Apart they are quicker than in one: the first waits for roots and divisions.
-template <class R, int kStates, class S>
+/// cache. kCommon: see assume_common().
+template <class R, int kStates, bool kCommon, class S>
 int64_t int8_pass(const StepTensor& tensor, const typename R::Constants& constants, const S& slot,
                   int64_t begin, int64_t end) {
-  const StepTensor t = tensor;  // copies, which no store of the loop can touch
-  const typename R::Constants c = constants;
-  return walk<kState + kStates, kStateBlock>(
-      arrays_of<R, kStates, StateKind::kInt8>(t, c, slot, true), begin,
-      end, [&](char* const* data, int64_t i, int64_t element) __attribute__((always_inline)) {
-        alignas(64) float weights[kStateBlock], fresh[kStates][kStateBlock];
-        int exponents[kStates];
-        bool dirty = false;
-        unrolled<kStates>([&](auto k) {
-          exponents[k] = t.exponent[k][element / kStateBlock];
-          dirty |= holds_nonfinite<R::is_signed(k)>(data[kState + k] + i);
-        });
-        for (int64_t j = 0; j < kStateBlock; j += kLanes) {
-          F32 p = slot.load(data[kParam], data[kMaster], i + j), s[R::kStates];
-          for (F32& unused : s) unused = constant<F32>(0);
-          unrolled<kStates>([&](auto k) __attribute__((always_inline)) {
-            constexpr bool kSigned = R::is_signed(k);
-            s[k] = load_coded<kSigned, true>(data[kState + k], i + j, exponents[k]);
-            if (__builtin_expect(dirty, 0))
-              s[k] = load_coded<kSigned>(data[kState + k], i + j, exponents[k]);
+  StepTensor t = tensor;  // copies, which no store of the loop can touch
+  typename R::Constants c = constants;
+  if constexpr (kCommon) assume_common<R, S>(t, c);
+  const auto arrays = arrays_of<R, kStates, StateKind::kInt8>(t, c, slot, true);
+  uint32_t base[kStates];
+  for (int k = 0; k < kStates; ++k) base[k] = random_base(c.random, state_stream(k), begin);
+  int64_t kept = 0;
+  for (int64_t i = begin; i < end; i += kStateBlock) {
+    StateBlock<kStates> b;
+    b.element = i;
+    b.count = std::min(end - i, kStateBlock);
+    for (int k = 0; k < kStates; ++k) b.exponents[k] = t.exponent[k] + i / kStateBlock;
+    if (__builtin_expect(b.count < kStateBlock, 0)) {
+      kept += walk<kState + kStates, kStateBlock>(
+          arrays, i, end, [&](char* const* copies, int64_t, int64_t) {
+            for (int a = 0; a < kState + kStates; ++a) b.data[a] = copies[a];
+            return any_block<R>(tensor, constants, slot, base, b);
           });
-          R::template update<F32, kStates>(c, load_any<F32>(data[kGrad], t.grad_dtype, i + j), p,
-                                           s);
-          store_lanes(weights + j, p);
-          unrolled<kStates>([&](auto k) __attribute__((always_inline)) {
-            store_lanes(fresh[k] + j, coded_value<R::is_signed(k)>(s[k]));
-          });
-        }
-        int64_t kept = 0;
-        for (int64_t j = 0; j < kStateBlock; j += kLanes)
-          kept += store_step(t, c, slot, data, i + j, element + j, load_lanes(weights + j),
-                             [&](const auto& leaves, F32& weight) {
-                               keep(leaves, weight, slot.load(data[kParam], data[kMaster], i + j));
-                               unrolled<kStates>([&](auto k) {
-                                 constexpr bool kSigned = R::is_signed(k);
-                                 F32 coded = load_lanes(fresh[k] + j);
-                                 const F32 old =
-                                     load_coded<kSigned>(data[kState + k], i + j, exponents[k]);
-                                 keep(leaves, coded, coded_value<kSigned>(old));
-                                 store_lanes(fresh[k] + j, coded);
-                               });
-                             });
-        const int64_t count = end - element;
-        if (__builtin_expect(count < kStateBlock, 0))
-          for (auto& values : fresh)
-            for (int64_t j = count; j < kStateBlock; ++j) values[j] = 0;
-        Block blocks[kStates];
-        unrolled<kStates>([&](auto k) {
-          blocks[k] = scale_of<R::is_signed(k)>(fresh[k]);
-          t.exponent[k][element / kStateBlock] = int8_t(blocks[k].exponent);
-        });
-        alignas(64) uint32_t bits[kBlockBits];
-        unrolled<kStates>([&](auto k) {
-          if constexpr (k % 2 == 0)
-            fill_bits(bits, random_base(c.random, state_stream(k), element), element);
-          encode_block<R::is_signed(k), k>(fresh[k], bits, blocks[k],
-                                           reinterpret_cast<int8_t*>(data[kState + k]) + i);
-        });
-        return kept;
-      });
+      break;
+    }
+    for (int a = 0; a < kState + kStates; ++a) b.data[a] = arrays.data[a] + i * arrays.size[a];
+    // While a block is coded nothing asks for memory; so it is asked for eight blocks before.
+    unrolled<kState + kStates>([&](auto a) __attribute__((always_inline)) {
+      const int64_t size = arrays.size[a];
+      for (int64_t byte = 0; byte < kStateBlock * size; byte += 64)
+        __builtin_prefetch(b.data[a] + 8 * kStateBlock * size + byte);
+    });
+    bool clean = true;
+    unrolled<kStates>([&](auto k) __attribute__((always_inline)) {
+      clean &= !holds_nonfinite<R::is_signed(k)>(b.data[kState + k]);
+    });
+    if (__builtin_expect(!clean, 0)) {
+      kept += any_block<R>(tensor, constants, slot, base, b);
+      continue;
+    }
+    update_block<R, kStates, kCommon, true>(t, c, slot, b);
+    if (__builtin_expect(!scale_block<R>(slot, b), 0)) {
+      kept += store_any_block<R>(tensor, constants, slot, base, b);
+      continue;
+    }
+    each_group<kCommon, 2 * kLanes>([&](auto j) __attribute__((always_inline)) {
+      const F32 x = load_lanes(b.weights + j), y = load_lanes(b.weights + j + kLanes);
+      slot.store_two(b.data[kParam], b.data[kMaster], j, x, y, i + j);
+      finish_step(t, c, b.data, j, x);
+      finish_step(t, c, b.data, j + kLanes, y);
+    });
+    store_states<R, kStates, true>(base, b);
+  }
+  return kept;
 }
 
 /// body(States<n>) with the number of elementwise states that the step keeps.
@@ -200,7 +321,9 @@ int64_t step_in(const StepTensor& t, const typename R::Constants& c, const S& sl
     constexpr int kStates = decltype(states)::kCount;
     constexpr StateKind kKept = kStates == 0 ? StateKind::kWide : kHeld;
     if constexpr (kKept == StateKind::kInt8)
-      return int8_pass<R, kStates>(t, c, slot, begin, end);
+      return if_common<R, S>(t, c, [&](auto common) {
+        return int8_pass<R, kStates, common.value>(t, c, slot, begin, end);
+      });
     else
       return step_pass<R, kStates, kKept>(t, c, slot, begin, end);
   });
@@ -374,7 +497,7 @@ void write_state(const StepTensor& t, bool is_signed, const void* values, uint32
   }
   walk<2, kStateBlock>(arrays, begin, end, [&](char* const* data, int64_t i, int64_t element) {
     alignas(64) float coded[kStateBlock];
-    alignas(64) uint32_t bits[kBlockBits];
+    BlockBits bits;
     for (int64_t j = 0; j < kStateBlock; j += kLanes) {
       const F32 x = load_wide<F32>(data[1], i + j);
       store_lanes(coded + j, is_signed ? coded_value<true>(x) : coded_value<false>(x));
@@ -382,7 +505,7 @@ void write_state(const StepTensor& t, bool is_signed, const void* values, uint32
     fill_bits(bits, base, element);
     const Block block = is_signed ? scale_of<true>(coded) : scale_of<false>(coded);
     t.exponent[0][element / kStateBlock] = int8_t(block.exponent);
-    const auto encode = is_signed ? encode_block<true, 0> : encode_block<false, 0>;
+    const auto encode = is_signed ? encode_block<true, 0, false> : encode_block<false, 0, false>;
     encode(coded, bits, block, reinterpret_cast<int8_t*>(data[0]) + i);
     return int64_t{0};
   });

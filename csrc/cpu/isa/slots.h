@@ -44,11 +44,45 @@ HALFSTEP_FN V widen(const F32& x) {
     return to_double(x);
 }
 
+/// The exact weights of halves with their remainders (split16.h).
+HALFSTEP_FN F32 join_halves(const uint16_t* halves, const I32& remainder) {
+#if defined(__AVX512F__)
+  // As join_half; which halves are below 2^-14 their exponents tell.
+  const __m256i bits = _mm256_loadu_si256((const __m256i*)halves);
+  const __mmask16 normal = _mm256_test_epi16_mask(bits, _mm256_set1_epi16(0x7c00));
+  const F32 h = {_mm512_cvtph_ps(bits)};
+  const F32 by_steps = fma(to_float(remainder), broadcast<F32>(0x1p-39f), h);
+  return {(F32::Native)_mm512_mask_add_epi32((__m512i)by_steps.piece[0], normal,
+                                             (__m512i)h.piece[0], (__m512i)remainder.piece[0])};
+#else
+  return join_half(load_half(halves), remainder);
+#endif
+}
+
+/// Writes the halves of x and gives the remainders. kNoNan: there is no NaN in x.
+template <bool kNoNan>
+HALFSTEP_FN I32 split_halves(uint16_t* halves, const F32& x) {
+#if defined(__AVX512F__)
+  if constexpr (kNoNan) {
+    const __m256i bits = _mm512_cvtps_ph(x.piece[0], _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256((__m256i*)halves, bits);
+    const __mmask16 normal = _mm256_test_epi16_mask(bits, _mm256_set1_epi16(0x7c00));
+    const F32 h = {_mm512_cvtph_ps(bits)};
+    const I32 by_steps = round_to_int((x - h) * broadcast<F32>(0x1p39f));
+    return {(I32::Native)_mm512_mask_sub_epi32((__m512i)by_steps.piece[0], normal,
+                                               (__m512i)x.piece[0], (__m512i)h.piece[0])};
+  }
+#endif
+  store_half(halves, x);
+  return remainder_half<kNoNan>(x, load_half(halves));
+}
+
 template <class V, Dtype kParam, MasterKind kMaster>
 struct Slot {
   using Value = V;
   using T = typename Traits<V>::Scalar;
   static constexpr bool kAny = false;
+  static constexpr Dtype kDtype = kParam;
   static constexpr bool sixteen() { return kParam == Dtype::kF16 || kParam == Dtype::kBF16; }
   static constexpr int64_t param_size() { return dtype_size(kParam); }
   static constexpr int64_t master_size() { return size_of_master(kMaster); }
@@ -58,7 +92,7 @@ struct Slot {
     if constexpr (kMaster == MasterKind::kSplit16) {
       const I32 remainder = load_int16(reinterpret_cast<const int16_t*>(master) + i);
       if constexpr (kParam == Dtype::kF16)
-        return join_half(load_half(bits), remainder);
+        return join_halves(bits, remainder);
       else
         return join_bfloat(load_int16(reinterpret_cast<const int16_t*>(bits)), remainder);
     } else if constexpr (kMaster == MasterKind::kF32) {
@@ -80,8 +114,7 @@ struct Slot {
     if constexpr (kMaster == MasterKind::kSplit16) {
       auto* remainder = reinterpret_cast<int16_t*>(master) + i;
       if constexpr (kParam == Dtype::kF16) {
-        store_half(bits, x);
-        store_int16(remainder, remainder_half<kNoNan>(x, load_half(bits)));
+        store_int16(remainder, split_halves<kNoNan>(bits, x));
       } else {
         const I32 h = bfloat_away<kNoNan>(x);
         store_int16(reinterpret_cast<int16_t*>(bits), h);
@@ -91,6 +124,26 @@ struct Slot {
       if constexpr (kMaster == MasterKind::kF32 || kMaster == MasterKind::kF64)
         store_lanes(reinterpret_cast<T*>(master) + i, x);
       store_param(param, i, x);
+    }
+  }
+
+  /// 2 * kLanes elements, among them no NaN; quicker than two stores.
+  HALFSTEP_FN static void store_two(char* param, char* master, int64_t i, const V& x, const V& y,
+                                    int64_t = 0) {
+    if constexpr (kMaster == MasterKind::kSplit16) {
+      auto* bits = reinterpret_cast<uint16_t*>(param) + i;
+      auto* remainder = reinterpret_cast<int16_t*>(master) + i;
+      if constexpr (kParam == Dtype::kF16) {
+        const I32 first = split_halves<true>(bits, x);
+        store_int16(remainder, first, split_halves<true>(bits + kLanes, y));
+      } else {
+        const I32 h = bfloat_away<true>(x), k = bfloat_away<true>(y);
+        store_int16(reinterpret_cast<int16_t*>(bits), h, k);
+        store_int16(remainder, remainder_bfloat<true>(x, h), remainder_bfloat<true>(y, k));
+      }
+    } else {
+      store<true>(param, master, i, x);
+      store<true>(param, master, i + kLanes, y);
     }
   }
 
@@ -173,6 +226,12 @@ struct AnySlot {
           store_param(param, i, x);
       }
     }
+  }
+
+  void store_two(char* param, char* master, int64_t i, const V& x, const V& y,
+                 int64_t element) const {
+    store(param, master, i, x, element);
+    store(param, master, i + kLanes, y, element + kLanes);
   }
 
   /// As store(), never at random.

@@ -95,58 +95,72 @@ HALFSTEP_FN bool holds_nonfinite(const char* codes) {
   return holds_byte(codes, code) | holds_byte(codes + 64, code);
 }
 
-/// Random bits of a block, for every state that shares them: half a word an element (block_dice).
-constexpr int64_t kBlockBits = kStateBlock / 2;
-HALFSTEP_FN void fill_bits(uint32_t* bits, uint32_t base, int64_t element) {
-  for (int64_t i = 0; i < kBlockBits; i += kLanes)
-    store_lanes(bits + i, random_bits<U32>(base, element + i));
+/// Random bits of a block, for every state that shares them: two packs of hashes (block_dice), each
+/// turned by 0, 1, 2 and 3 bytes.
+struct BlockBits {
+  alignas(64) uint32_t turned[4][2 * kLanes];
+};
+HALFSTEP_FN void fill_bits(BlockBits& bits, uint32_t base, int64_t element) {
+  unrolled<2>([&](auto pack) __attribute__((always_inline)) {
+    const U32 word = random_bits<U32>(base, element + pack * kLanes);
+    unrolled<4>([&](auto bytes) __attribute__((always_inline)) {
+      store_lanes(bits.turned[bytes] + pack * kLanes, turn_bytes(word, bytes));
+    });
+  });
 }
 
-/// The scale of a block, and whether all of it is finite.
+/// The scale of a block, and whether all of it is finite; `positive`: and none of it is 0.
 struct Block {
   int exponent;
-  bool finite;
+  bool finite, positive;
 };
 /// `values`: coded_value() of a block's elements, 0 of those that do not exist.
 template <bool kSigned>
 HALFSTEP_FN Block scale_of(const float* values) {
   constexpr uint32_t kInfinity = 0x7f800000;
-  U32 top = broadcast<U32>(0);
-  for (int64_t i = 0; i < kStateBlock; i += kLanes) {
-    const F32 y = load_lanes(values + i);  // a root has no sign; a NaN's is above infinity too
-    top = max(top, as_unsigned(to_bits(kSigned ? abs(y) : y)));
-  }
+  U32 top = broadcast<U32>(0), low = broadcast<U32>(~0u);
+  unrolled<kStateBlock / kLanes>([&](auto group) __attribute__((always_inline)) {
+    const F32 y = load_lanes(values + group * kLanes);
+    const U32 bits = as_unsigned(to_bits(kSigned ? abs(y) : y));  // a root has no sign
+    top = max(top, bits);
+    if constexpr (!kSigned) low = min(low, bits);
+  });
   const uint32_t largest = max_lane(top);
+  const bool positive = !kSigned && !any(low == broadcast<U32>(0));
   if (__builtin_expect(largest < kInfinity, 1))
-    return {scale_exponent<kSigned>(int32_t(largest)), true};
+    return {scale_exponent<kSigned>(int32_t(largest)), true, positive};
   top = broadcast<U32>(0);
   for (int64_t i = 0; i < kStateBlock; i += kLanes)
     top = max(top, as_unsigned(size_bits(load_lanes(values + i))));
-  return {scale_exponent<kSigned>(int32_t(max_lane(top))), false};
+  return {scale_exponent<kSigned>(int32_t(max_lane(top))), false, false};
 }
 
-/// Codes of a block of state k.
-template <bool kSigned, int k, bool kFinite>
-HALFSTEP_FN void encode_groups(const float* values, const uint32_t* bits, int exponent,
+/// Codes of a block of state k, of which all is finite. kPositive: no value is 0.
+template <bool kSigned, int k, bool kPositive>
+HALFSTEP_FN void encode_finite(const float* values, const BlockBits& bits, int exponent,
                                int8_t* codes) {
-  static_assert(kBlockBits == 64);
-  for (int64_t i = 0; i < kStateBlock; i += 64) {
+  unrolled<2>([&](auto half) __attribute__((always_inline)) {
     I32 group[4];
-    for (int64_t g = 0; g < 4; ++g) {
-      const U32 dice = state_dice(i == 0 ? k : k ^ 1, load_lanes(bits + g * kLanes));
-      group[g] =
-          encode_state<kSigned, kFinite>(load_lanes(values + i + g * kLanes), exponent, dice);
-    }
-    store_codes<kSigned>(codes + i, group);
-  }
+    unrolled<4>([&](auto g) __attribute__((always_inline)) {
+      constexpr int64_t i = half * 64 + g * kLanes;
+      const U32 dice = load_lanes(bits.turned[block_turn(k, i)] + i % (2 * kLanes));
+      group[g] = code_above<kSigned, kPositive>(load_lanes(values + i), exponent, dice);
+    });
+    store_low_bytes(codes + half * 64, group, kSigned ? 128 : 0);
+  });
 }
-template <bool kSigned, int k>
-HALFSTEP_FN void encode_block(const float* values, const uint32_t* bits, const Block& block,
+/// Codes of a block of state k. kFinite: all of it is known to be finite.
+template <bool kSigned, int k, bool kFinite>
+HALFSTEP_FN void encode_block(const float* values, const BlockBits& bits, const Block& block,
                               int8_t* codes) {
-  if (__builtin_expect(block.finite, 1))
-    encode_groups<kSigned, k, true>(values, bits, block.exponent, codes);
-  else
-    encode_groups<kSigned, k, false>(values, bits, block.exponent, codes);
+  if (!kSigned && block.positive)
+    return encode_finite<kSigned, k, !kSigned>(values, bits, block.exponent, codes);
+  if (kFinite || block.finite)
+    return encode_finite<kSigned, k, false>(values, bits, block.exponent, codes);
+  for (int64_t i = 0; i < kStateBlock; i += kLanes) {
+    const U32 dice = load_lanes(bits.turned[block_turn(k, i)] + i % (2 * kLanes));
+    store_int8(codes + i, encode_state<kSigned>(load_lanes(values + i), block.exponent, dice));
+  }
 }
 
 }  // namespace halfstep::cpu::inline HALFSTEP_ISA
