@@ -182,13 +182,9 @@ struct AdamRule {
     return c;
   }
 
-  /// Whether a step has none of the rarer terms, and what tells the compiler so.
-  HALFSTEP_FN static bool is_common(const Constants& c) {
-    return !c.amsgrad && !c.adds_l2 && !c.adds_decay;
-  }
-  HALFSTEP_FN static void assume_common(Constants& c) {
-    c.amsgrad = c.adds_l2 = c.adds_decay = false;
-  }
+  /// Whether a step with kCommonStates has none of the rarer terms, and what tells the compiler so.
+  HALFSTEP_FN static bool is_common(const Constants& c) { return !c.adds_l2 && !c.adds_decay; }
+  HALFSTEP_FN static void assume_common(Constants& c) { c.adds_l2 = c.adds_decay = false; }
 
   /// s: m, v and, with amsgrad, the largest v so far.
   template <class V, int kKept = kStates>

@@ -43,8 +43,8 @@ HALFSTEP_FN U random_bits(uint32_t base, int64_t i) {
 }
 
 // The uses of a step: stream 0 rounds the weight; state s takes 16 bits of stream 1 + s / 2, the
-// lower half for an even s, the upper for an odd one, so that two moments cost one hash, and half a
-// hash where they are int8 (block_dice).
+// lower half for an even s, the upper for an odd one, so that two moments cost one hash; 15 bits
+// and a quarter of a hash where they are int8 (block_dice).
 constexpr uint32_t kWeightStream = 0;
 HALFSTEP_FN constexpr uint32_t state_stream(int s) { return 1 + uint32_t(s) / 2; }
 template <class U>
@@ -58,9 +58,10 @@ HALFSTEP_FN U turn_bytes(U bits, int bytes) {
   return bytes == 0 ? bits : bits << 8 * bytes | bits >> (32 - 8 * bytes);
 }
 
-/// By how many bytes the hash of element i of a block is turned for state s. Four elements of a
-/// block share a hash. Another byte leads each of the four numbers that its turns begin with; each
-/// number serves two elements, 64 apart, an even state of the one and an odd state of the other.
+/// By how many bytes the hash of element i of a block is turned for state s. Four elements, 32
+/// apart, share a hash. A code takes the low 15 bits of the turned hash: 7 of one byte, which
+/// decide nearly always, and below them another byte, which leads for a neighbour. The two states
+/// of an element share no bit; elements 64 apart have the same numbers, crosswise.
 HALFSTEP_FN constexpr int block_turn(int s, int64_t i) {
   return int(i >> 5 & 3) ^ (s % 2 == 0 ? 0 : 2);
 }

@@ -65,8 +65,9 @@ HALFSTEP_FN auto size_bits(V y) {
 
 /// Random bits that round a code.
 constexpr int kDiceBits = 15;
-/// 2^23, or 1.5 * 2^23 where a code has a sign: a number of up to 23 bits added to it is the
-/// integer in its low bits.
+/// 2^23, or 1.5 * 2^23 where a code has a sign: an integer added to it lies in its low bits as long
+/// as the sum is in [2^23, 2^24). It is: at most 255 * 2^15 - 1 is added, or, where there is a
+/// sign, from -127 * 2^15 to 128 * 2^15 - 1.
 template <bool kSigned>
 constexpr int32_t kCodeZero = kSigned ? 0x4b400000 : 0x4b000000;
 
@@ -74,7 +75,7 @@ constexpr int32_t kCodeZero = kSigned ? 0x4b400000 : 0x4b000000;
 /// where it has a sign; above it 0x96. `dice`: kDiceBits random bits below others. kPositive: no y
 /// is 0.
 template <bool kSigned, bool kPositive = false, class V, class U>
-HALFSTEP_FN auto code_above(V y, int exponent, U dice) {
+HALFSTEP_FN auto code_in_low_byte(V y, int exponent, U dice) {
   using I = decltype(to_bits(y));
   const I offset = join_bits(as_signed(dice), (1 << kDiceBits) - 1, kCodeZero<kSigned>);
   const V sum = fma(y, broadcast<V>(power_of_two(kDiceBits - exponent)), from_bits(offset));
@@ -93,7 +94,7 @@ template <bool kSigned, class V, class U>
 HALFSTEP_FN auto encode_state(V y, int exponent, U dice) {
   using I = decltype(to_bits(y));
   const V size = select(is_finite(y), y, broadcast<V>(0.0f));
-  const I code = (code_above<kSigned>(size, exponent, dice) & broadcast<I>(0xff)) -
+  const I code = (code_in_low_byte<kSigned>(size, exponent, dice) & broadcast<I>(0xff)) -
                  broadcast<I>(kSigned ? 128 : 0);
   return select(is_finite(y), code, broadcast<I>(kSigned ? -128 : 255));
 }

@@ -85,6 +85,59 @@ TEST_CASE("four elements of an int8 block share a hash, each with another byte a
   CHECK(worst_bias(apart) < 5);  // the two states of an element
 }
 
+TEST_CASE("codes of neighbours under one hash are rounded nearly independently", "[math]") {
+  const uint32_t base = random_base(random_key(7, 1, 0), 1, 0);
+  for (const int64_t apart : {32, 64, 96}) {
+    for (const int s : {0, 1}) {
+      double sums[3] = {};  // of what rounds up, and of both
+      int64_t count = 0;
+      for (int64_t i = 0; i < kCount; ++i) {
+        if (i % 128 + apart >= 128) continue;
+        const auto up = [&](int64_t at) {
+          return (block_dice<uint32_t>(s, base, at) & 0x7fff) >= 0x5555 ? 1.0 : 0.0;
+        };
+        const double a = up(i), b = up(i + apart);
+        sums[0] += a;
+        sums[1] += b;
+        sums[2] += a * b;
+        ++count;
+      }
+      const double share = 1 - double(0x5555) / 0x8000;
+      const double sd = std::sqrt(share * (1 - share) / double(count));
+      CHECK(std::fabs(sums[0] / double(count) - share) < 5 * sd);
+      CHECK(std::fabs(sums[1] / double(count) - share) < 5 * sd);
+      // A byte that leads in one trails in the other and decides there once in 128 times.
+      const double both = sums[2] / double(count) - share * share;
+      CHECK(std::fabs(both) < 5 * sd + 1.0 / 128);
+    }
+  }
+}
+
+TEST_CASE("codes at the ends of what a scale holds, whatever is above their random bits",
+          "[math]") {
+  int wrong = 0;
+  for (const uint32_t above : {0u, 0x8000u, 0xffff8000u})
+    for (const uint32_t dice : {0u, 1u, 0x4000u, 0x7fffu}) {
+      for (const int e : {-110, -3, 0, 60, 121}) {
+        const auto code = [&](double y) {
+          return encode_state<true>(float(std::ldexp(y, e)), e, above | dice);
+        };
+        wrong += code(127) != 127 || code(-127) != -127 || code(0) != 0 || code(-0.0) != 0;
+        wrong += code(0.5) != (dice >= 0x4000 ? 1 : 0) || code(-0.5) != (dice >= 0x4000 ? 0 : -1);
+        wrong += code(126 + 0x1p-15) != (dice == 0x7fff ? 127 : 126);
+      }
+      for (const int e : {-110, -3, 0, 57}) {
+        const auto code = [&](double y) {
+          return encode_state<false>(float(std::ldexp(y, e)), e, above | dice);
+        };
+        wrong += code(254) != 254 || code(0) != 0 || code(0.25) != 1;
+        wrong +=
+            code(253.5) != (dice >= 0x4000 ? 254 : 253) || code(1.5) != (dice >= 0x4000 ? 2 : 1);
+      }
+    }
+  CHECK(wrong == 0);
+}
+
 TEST_CASE("a block's scale is the smallest that holds its largest value", "[math]") {
   std::mt19937 random(3);
   int wrong = 0;

@@ -63,6 +63,21 @@ for dtype, kind in modes:
             step(H.lamb_step_, lists, lamb, common, **both, eps=1e-6, weight_decay=.01, bias_correction=True, grad_averaging=True, always_adapt=False, maximize=False)
             step(H.novograd_step_, lists, novo, common, **both, eps=1e-8, weight_decay=.01, grad_averaging=False, maximize=False)
             add(p, m, o, s, lists[3], *adam, *largest, *buffer, *lion, *total, *lamb, *novo)
+        # The common step, which is compiled apart: no rarer term, gradients and states with zeros, then with what is not finite.
+        q, r, plain = p.clone(), m.clone(), states_of(held, p, (True, False))
+        if kind == torch.int16:  # NaN weights beside what remainders their predecessors left
+            q[5:9] = torch.tensor([0x7e00, 0x7fff, -0x200, -1], dtype=torch.int16).view(torch.float16).to(dtype); r[5:9] = torch.tensor([-1, 8192, 16384, -32767], dtype=torch.int16)
+        for k in range(4):
+            grad = random(n, 3.0).to(dtype); grad[:200] = 0
+            if k == 2: grad[1000], grad[2000] = float("nan"), float("inf")
+            step(H.adamw_step_, (q, grad, r, torch.empty(0)), plain, (s, o, lr, None, stochastic), beta1=.9, beta2=.999, eps=1e-8, weight_decay=.01,
+                 max_lr=0.0, decay_in_update=False, amsgrad=False, maximize=False)
+            add(q, r, o, *plain)
+        before = o.clone()
+        step(H.adamw_step_, (q, random(n, 3.0).to(dtype), r, torch.empty(0)), plain, (s, o, lr * 1e7, None, stochastic), beta1=.9, beta2=.999, eps=1e-8, weight_decay=.01,
+             max_lr=0.0, decay_in_update=False, amsgrad=False, maximize=False)
+        assert dtype != torch.float16 or o > before, "a step out of the range of FP16"
+        add(q, r, o, *plain)
         add(*H.read_masters([p], [m]))
         if m.numel():
             q = p + 1; H.refresh_masters_([q], [m], o, False); add(m, o)

@@ -9,6 +9,7 @@
 // write_masters, read_masters, refresh_masters:  conversions between exact values and what is held.
 // Tests: tests/cpp/optim_test.cpp, tests/python/test_optim.py.
 
+#include <algorithm>
 #include <type_traits>
 
 #include "states.h"
@@ -46,11 +47,9 @@ HALFSTEP_FN void zero_lanes(char* grad, Dtype dtype, int64_t i) {
     __builtin_memcpy(grad + i * size + byte, &zero, 32);
 }
 
-/// What goes with a new weight p.
 template <class C, class V>
-HALFSTEP_FN void finish_step(const StepTensor& t, const C& c, char* const* data, int64_t i,
-                             const V& p) {
-  if (c.zero_grads) zero_lanes(data[kGrad], t.grad_dtype, i);
+HALFSTEP_FN void move_ema(const StepTensor& t, const C& c, char* const* data, int64_t i,
+                          const V& p) {
   if (t.ema) {
     const V ema = load_wide<V>(data[kEma], i);
     store_wide(data[kEma], i, fma(constant<V>(c.ema_blend), p - ema, ema));
@@ -71,31 +70,25 @@ HALFSTEP_FN int64_t store_step(const StepTensor& t, const C& c, const S& slot, c
     kept = count(leaves);
     take_back(leaves, p);
   }
+  if (c.zero_grads) zero_lanes(data[kGrad], t.grad_dtype, i);
   if (__builtin_expect(stays, 1))
     slot.template store<true>(data[kParam], data[kMaster], i, p, element);
   else
     slot.store(data[kParam], data[kMaster], i, p, element);
-  finish_step(t, c, data, i, p);
+  move_ema(t, c, data, i, p);
   return kept;
 }
 
-/// What most steps are, for which the loops are compiled without branches: the gradient has the
-/// parameter's dtype and stays, there is no EMA, and the rule has no rarer term.
-template <class R, class S>
-HALFSTEP_FN bool is_common(const StepTensor& t, const typename R::Constants& c) {
-  if constexpr (!S::kAny && requires { R::is_common(c); })
-    return t.grad_dtype == S::kDtype && !t.ema && !c.zero_grads && R::is_common(c);
-  else
-    return false;
-}
-/// body(whether it is as most are).
-template <class R, class S, class Body>
+/// body(whether the step is as most are, for which a loop is compiled without branches): the
+/// gradient has the parameter's dtype and stays, there is no EMA, and the rule has no rarer term.
+template <class R, int kStates, class S, class Body>
 int64_t if_common(const StepTensor& t, const typename R::Constants& c, const Body& body) {
-  if constexpr (!S::kAny && requires { R::is_common(c); })
-    if (is_common<R, S>(t, c)) return body(std::true_type());
+  if constexpr (!S::kAny && kStates == R::kCommonStates && requires { R::is_common(c); })
+    if (t.grad_dtype == S::kDtype && !t.ema && !c.zero_grads && R::is_common(c))
+      return body(std::true_type());
   return body(std::false_type());
 }
-/// Tells the compiler what is_common() has found.
+/// Tells the compiler what if_common() has found.
 template <class R, class S>
 HALFSTEP_FN void assume_common(StepTensor& t, typename R::Constants& c) {
   t.grad_dtype = S::kDtype;
@@ -186,8 +179,8 @@ HALFSTEP_FN void update_block(const StepTensor& t, const typename R::Constants& 
   });
 }
 
-/// The scales of an updated block, and whether it is plain: everything is finite and no weight
-/// leaves the range of 16 bits.
+/// The scales of an updated block, and whether it is plain: all states are finite, and no weight is
+/// NaN in 16 bits or leaves their range.
 template <class R, int kStates, class S>
 HALFSTEP_FN bool scale_block(const S& slot, StateBlock<kStates>& b) {
   bool plain = !slot.sixteen() || all_below(b.weights, kStateBlock, slot.limit());
@@ -245,7 +238,8 @@ template <class R, int kStates, class S>
 
 /// int8 states: a block's scale is known only once all of it is updated. One loop after the other
 /// updates a block, writes its weights and codes its states; what they hand on stays in the first
-/// cache. kCommon: see assume_common().
+/// cache. kCommon: see if_common(). What is rare goes to functions of their own, which get the
+/// originals: a copy that they had the address of would be read anew after each store.
 template <class R, int kStates, bool kCommon, class S>
 int64_t int8_pass(const StepTensor& tensor, const typename R::Constants& constants, const S& slot,
                   int64_t begin, int64_t end) {
@@ -270,7 +264,8 @@ int64_t int8_pass(const StepTensor& tensor, const typename R::Constants& constan
       break;
     }
     for (int a = 0; a < kState + kStates; ++a) b.data[a] = arrays.data[a] + i * arrays.size[a];
-    // While a block is coded nothing asks for memory; so it is asked for eight blocks before.
+    // While a block is coded nothing asks for memory; so it is asked for eight blocks before. An
+    // absent array has size 0.
     unrolled<kState + kStates>([&](auto a) __attribute__((always_inline)) {
       const int64_t size = arrays.size[a];
       for (int64_t byte = 0; byte < kStateBlock * size; byte += 64)
@@ -291,9 +286,11 @@ int64_t int8_pass(const StepTensor& tensor, const typename R::Constants& constan
     }
     each_group<kCommon, 2 * kLanes>([&](auto j) __attribute__((always_inline)) {
       const F32 x = load_lanes(b.weights + j), y = load_lanes(b.weights + j + kLanes);
+      for (int64_t k = j; c.zero_grads && k < j + 2 * kLanes; k += kLanes)
+        zero_lanes(b.data[kGrad], t.grad_dtype, k);
       slot.store_two(b.data[kParam], b.data[kMaster], j, x, y, i + j);
-      finish_step(t, c, b.data, j, x);
-      finish_step(t, c, b.data, j + kLanes, y);
+      move_ema(t, c, b.data, j, x);
+      move_ema(t, c, b.data, j + kLanes, y);
     });
     store_states<R, kStates, true>(base, b);
   }
@@ -321,7 +318,7 @@ int64_t step_in(const StepTensor& t, const typename R::Constants& c, const S& sl
     constexpr int kStates = decltype(states)::kCount;
     constexpr StateKind kKept = kStates == 0 ? StateKind::kWide : kHeld;
     if constexpr (kKept == StateKind::kInt8)
-      return if_common<R, S>(t, c, [&](auto common) {
+      return if_common<R, kStates, S>(t, c, [&](auto common) {
         return int8_pass<R, kStates, common.value>(t, c, slot, begin, end);
       });
     else

@@ -44,26 +44,11 @@ HALFSTEP_FN V widen(const F32& x) {
     return to_double(x);
 }
 
-/// The exact weights of halves with their remainders (split16.h).
-HALFSTEP_FN F32 join_halves(const uint16_t* halves, const I32& remainder) {
-#if defined(__AVX512F__)
-  // As join_half; which halves are below 2^-14 their exponents tell.
-  const __m256i bits = _mm256_loadu_si256((const __m256i*)halves);
-  const __mmask16 normal = _mm256_test_epi16_mask(bits, _mm256_set1_epi16(0x7c00));
-  const F32 h = {_mm512_cvtph_ps(bits)};
-  const F32 by_steps = fma(to_float(remainder), broadcast<F32>(0x1p-39f), h);
-  return {(F32::Native)_mm512_mask_add_epi32((__m512i)by_steps.piece[0], normal,
-                                             (__m512i)h.piece[0], (__m512i)remainder.piece[0])};
-#else
-  return join_half(load_half(halves), remainder);
-#endif
-}
-
 /// Writes the halves of x and gives the remainders. kNoNan: there is no NaN in x.
 template <bool kNoNan>
 HALFSTEP_FN I32 split_halves(uint16_t* halves, const F32& x) {
 #if defined(__AVX512F__)
-  if constexpr (kNoNan) {
+  if constexpr (kNoNan) {  // as remainder_half; an exponent above 0 says that |h| >= 2^-14
     const __m256i bits = _mm512_cvtps_ph(x.piece[0], _MM_FROUND_TO_NEAREST_INT);
     _mm256_storeu_si256((__m256i*)halves, bits);
     const __mmask16 normal = _mm256_test_epi16_mask(bits, _mm256_set1_epi16(0x7c00));
@@ -92,7 +77,7 @@ struct Slot {
     if constexpr (kMaster == MasterKind::kSplit16) {
       const I32 remainder = load_int16(reinterpret_cast<const int16_t*>(master) + i);
       if constexpr (kParam == Dtype::kF16)
-        return join_halves(bits, remainder);
+        return join_half(load_half(bits), remainder);
       else
         return join_bfloat(load_int16(reinterpret_cast<const int16_t*>(bits)), remainder);
     } else if constexpr (kMaster == MasterKind::kF32) {
@@ -130,20 +115,16 @@ struct Slot {
   /// 2 * kLanes elements, among them no NaN; quicker than two stores.
   HALFSTEP_FN static void store_two(char* param, char* master, int64_t i, const V& x, const V& y,
                                     int64_t = 0) {
-    if constexpr (kMaster == MasterKind::kSplit16) {
-      auto* bits = reinterpret_cast<uint16_t*>(param) + i;
-      auto* remainder = reinterpret_cast<int16_t*>(master) + i;
-      if constexpr (kParam == Dtype::kF16) {
-        const I32 first = split_halves<true>(bits, x);
-        store_int16(remainder, first, split_halves<true>(bits + kLanes, y));
-      } else {
-        const I32 h = bfloat_away<true>(x), k = bfloat_away<true>(y);
-        store_int16(reinterpret_cast<int16_t*>(bits), h, k);
-        store_int16(remainder, remainder_bfloat<true>(x, h), remainder_bfloat<true>(y, k));
-      }
+    static_assert(kMaster == MasterKind::kSplit16);
+    auto* bits = reinterpret_cast<uint16_t*>(param) + i;
+    auto* remainder = reinterpret_cast<int16_t*>(master) + i;
+    if constexpr (kParam == Dtype::kF16) {
+      const I32 first = split_halves<true>(bits, x);
+      store_int16(remainder, first, split_halves<true>(bits + kLanes, y));
     } else {
-      store<true>(param, master, i, x);
-      store<true>(param, master, i + kLanes, y);
+      const I32 h = bfloat_away<true>(x), k = bfloat_away<true>(y);
+      store_int16(reinterpret_cast<int16_t*>(bits), h, k);
+      store_int16(remainder, remainder_bfloat<true>(x, h), remainder_bfloat<true>(y, k));
     }
   }
 

@@ -144,7 +144,7 @@ HALFSTEP_FN void encode_finite(const float* values, const BlockBits& bits, int e
     unrolled<4>([&](auto g) __attribute__((always_inline)) {
       constexpr int64_t i = half * 64 + g * kLanes;
       const U32 dice = load_lanes(bits.turned[block_turn(k, i)] + i % (2 * kLanes));
-      group[g] = code_above<kSigned, kPositive>(load_lanes(values + i), exponent, dice);
+      group[g] = code_in_low_byte<kSigned, kPositive>(load_lanes(values + i), exponent, dice);
     });
     store_low_bytes(codes + half * 64, group, kSigned ? 128 : 0);
   });
