@@ -120,7 +120,7 @@ def audit(result):
     return "\n".join(lines)
 
 
-TABLES = {"plain_layers": layers, "plain_gpt": gpt, "half_gpt": gpt, "audit": audit, "monitor": monitor, "gpt": gpt, "layers": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
+TABLES = {"plain_layers": layers, "plain_gpt": gpt, "half_gpt": gpt, "audit": audit, "monitor": monitor, "gpt": gpt, "layers": layers, "layers_hidden": layers, "backward_stats": backward_stats, "states": states, "step": step, "policies": policies, "modes": modes, "conv_linear": conv_linear}
 
 
 def main():
