@@ -121,8 +121,8 @@ HALFSTEP_FN Block scale_of(const float* values) {
   U32 top = broadcast<U32>(0), low = broadcast<U32>(~0u);
   unrolled<kStateBlock / kLanes>([&](auto group) __attribute__((always_inline)) {
     const F32 y = load_lanes(values + group * kLanes);
-    const U32 bits = as_unsigned(to_bits(kSigned ? abs(y) : y));  // a root has no sign
-    top = max(top, bits);
+    const U32 bits = as_unsigned(to_bits(kSigned ? abs(y) : y));
+    top = max(top, bits);  // a root has no sign; a NaN's bits are above infinity too
     if constexpr (!kSigned) low = min(low, bits);
   });
   const uint32_t largest = max_lane(top);
