@@ -1,10 +1,10 @@
 // Cross entropy of a linear layer in chunks of rows (csrc/ops/linear_loss.cpp).
 //
-//   A chunk's logits lie in one buffer of kLogits FP32 numbers, or 256 rows of more: it holds the
-//   logits, then their gradient in place. Products are FP32 (product.h), in pieces of weight rows
-//   that stay in the cache, so that logits and sums are free of the logits' rounding. The gradient
-//   of weight is summed over chunks in FP32; each chunk reads and writes all of it, which is why
-//   chunks are not smaller. Tests: tests/python/test_linear_loss.py.
+//   A chunk's logits lie in one buffer of kLogits FP32 numbers, or kLeastRows rows of more: it
+//   holds the logits, then their gradient in place. Products are FP32 (product.h), in pieces of
+//   weight rows, so that logits and sums are free of the logits' rounding. Each chunk widens or
+//   packs all of weight twice, and reads and writes all of its gradient, which is summed over
+//   chunks in FP32: this is why chunks are not smaller. Tests: tests/python/test_linear_loss.py.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -30,7 +30,10 @@ using Grads = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 /// Logits of a chunk.
 constexpr int64_t kLogits = int64_t(4) << 20;
-constexpr int64_t kLeastRows = 256;
+constexpr int64_t kLeastRows = 512;
+/// Elements of a piece of weight where it is widened for torch's product, which packs it again: a
+/// piece that stays in the cache costs more than it saves (measured).
+constexpr int64_t kWidePiece = 4 * kPiece;
 
 class Chunks {
  public:
@@ -45,11 +48,11 @@ class Chunks {
         rows_(x.size(0)),
         classes_(weight.size(0)),
         rows_of_chunk_(even_part(rows_, std::max(kLogits / classes_, kLeastRows))),
-        classes_of_piece_(widens_ ? even_part(classes_, kPiece / std::max<int64_t>(x.size(1), 1))
-                                  : classes_),
-        use_tiles_(x.scalar_type() == at::kHalf &&
-                   in_tiles(rows_of_chunk_, classes_of_piece_, x.size(1)) && values_fit_tiles(x) &&
-                   values_fit_tiles(weight)) {
+        use_tiles_(x.scalar_type() == at::kHalf && in_tiles(rows_of_chunk_, classes_, x.size(1)) &&
+                   values_fit_tiles(x) && values_fit_tiles(weight)),
+        classes_of_piece_(widens_ ? even_part(classes_, (use_tiles_ ? kPiece : kWidePiece) /
+                                                            std::max<int64_t>(x.size(1), 1))
+                                  : classes_) {
     const auto options = x.options().dtype(type_);
     if (bias) bias_ = bias->to(type_);
     logits_ = fresh({rows_of_chunk_, classes_}, options);
@@ -137,8 +140,9 @@ class Chunks {
   const Wants wants_;
   const at::ScalarType type_;
   const bool widens_;
-  const int64_t rows_, classes_, rows_of_chunk_, classes_of_piece_;
+  const int64_t rows_, classes_, rows_of_chunk_;
   const bool use_tiles_;
+  const int64_t classes_of_piece_;
   at::Tensor bias_, logits_;
 };
 
